@@ -1,0 +1,244 @@
+"""The asynchronous client: `Client`, method for method, on grpc.aio."""
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import aclosing, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, Unpack
+
+import grpc
+from loraplex_protos.v1 import adapters_pb2, inference_pb2
+
+from loraplex_client import wire
+from loraplex_client.channel import OPTIONS, Tls, checked_token, credentials, stubs
+from loraplex_client.errors import LoraplexError, from_rpc_error
+from loraplex_client.upload import (
+    DEFAULT_RETRY,
+    Deadline,
+    Progress,
+    RetryPolicy,
+    Upload,
+    prepare,
+    sent_bytes,
+)
+from loraplex_client.values import Adapter, Completion, Event, ServerInfo, UploadResult
+from loraplex_client.wire import ChatOptions, GenerateOptions, Message
+
+
+class AsyncClient:
+    """One channel to one server, for any number of tasks; an async context manager.
+
+    Make it inside the running event loop that uses it. `timeout` is in seconds, for the whole
+    call; None waits for as long as it takes.
+    """
+
+    def __init__(
+        self,
+        target: str,
+        token: str | None = None,
+        tls: Tls = None,
+        *,
+        retry: RetryPolicy = DEFAULT_RETRY,
+    ) -> None:
+        self._target = target
+        self._token = checked_token(token)
+        self._retry = retry
+        secrets = credentials(tls)
+        self._channel = (
+            grpc.aio.insecure_channel(target, OPTIONS)
+            if secrets is None
+            else grpc.aio.secure_channel(target, secrets, OPTIONS)
+        )
+        self._inference, self._adapters = stubs(self._channel)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self._target}>"
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Ends the connection and every call on it."""
+        await self._channel.close(None)
+
+    def stream(
+        self,
+        prompt: str | None = None,
+        adapter_id: str = "",
+        *,
+        messages: Sequence[Message] | None = None,
+        token_ids: Sequence[int] | None = None,
+        timeout: float | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> AsyncGenerator[Event, None]:
+        """Yields Started, Deltas as they come, Finished. Closing the generator cancels the request.
+
+        The request is sent when the first event is asked for. Leaving an `async for` early does
+        not close it at once: `contextlib.aclosing` does.
+        """
+        request = wire.generate_request(prompt, adapter_id, messages, token_ids, options)
+        return self._events(request, timeout)
+
+    async def _events(
+        self, request: inference_pb2.GenerateRequest, timeout: float | None
+    ) -> AsyncGenerator[Event, None]:
+        call = self._inference.Generate(
+            request, timeout=timeout, metadata=wire.metadata(self._token, request.adapter_id)
+        )
+        try:
+            async for response in call:
+                event = wire.event_of(response)
+                if event is not None:
+                    yield event
+        except grpc.RpcError as error:
+            raise from_rpc_error(error, self._target) from error
+        finally:
+            call.cancel()
+
+    async def complete(
+        self,
+        prompt: str | None = None,
+        adapter_id: str = "",
+        *,
+        messages: Sequence[Message] | None = None,
+        token_ids: Sequence[int] | None = None,
+        timeout: float | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> Completion:
+        """The whole answer at once."""
+        request = wire.generate_request(prompt, adapter_id, messages, token_ids, options)
+        async with aclosing(self._events(request, timeout)) as events:
+            return wire.completion_of([event async for event in events])
+
+    async def tokenize(
+        self,
+        prompt: str | None = None,
+        *,
+        messages: Sequence[Message] | None = None,
+        timeout: float | None = None,
+        **options: Unpack[ChatOptions],
+    ) -> tuple[int, ...]:
+        """Token ids, exactly as `stream` would have the prompt or the chat tokenised."""
+        request = wire.tokenize_request(prompt, messages, options)
+        response = await self._call(self._inference.Tokenize, request, timeout)
+        return tuple(response.token_ids)
+
+    async def server_info(self, *, timeout: float | None = None) -> ServerInfo:
+        request = inference_pb2.GetServerInfoRequest()
+        response = await self._call(self._inference.GetServerInfo, request, timeout)
+        return wire.server_info_of(response)
+
+    async def upload_adapter(
+        self,
+        adapter_id: str,
+        path: str | Path,
+        replace: bool = False,
+        progress: Progress | None = None,
+        *,
+        timeout: float | None = None,
+    ) -> UploadResult:
+        """Sends a PEFT folder; when this returns, the adapter is durable and usable.
+
+        A broken connection starts again, a bounded number of times. Files are read in worker
+        threads; `progress` is called on the event loop.
+        """
+        deadline = Deadline.after(timeout)
+        upload = await asyncio.to_thread(prepare, adapter_id, path, replace)
+        failures = 0
+        while True:
+            try:
+                return await self._send(upload, progress, deadline.remaining())
+            except LoraplexError as error:
+                failures += 1
+                delay = self._retry.delay(failures, error, deadline.remaining())
+                if delay is None:
+                    raise
+            await asyncio.sleep(delay)
+
+    async def _send(
+        self, upload: Upload, progress: Progress | None, timeout: float | None
+    ) -> UploadResult:
+        """One try. A write that fails says nothing of why: the call itself does."""
+        call = self._adapters.UploadAdapter(
+            timeout=timeout, metadata=wire.metadata(self._token, upload.header.adapter_id)
+        )
+        try:
+            with suppress(asyncio.InvalidStateError, grpc.RpcError):  # answered early, or broken
+                await _feed(call, upload, progress)
+            return wire.upload_result_of(await call)
+        except grpc.RpcError as error:
+            raise from_rpc_error(error, self._target) from error
+        finally:
+            call.cancel()
+
+    async def get_adapter(self, adapter_id: str, *, timeout: float | None = None) -> Adapter:
+        request = adapters_pb2.GetAdapterRequest(adapter_id=adapter_id)
+        response = await self._call(self._adapters.GetAdapter, request, timeout, adapter_id)
+        return wire.adapter_of(response.adapter)
+
+    def list_adapters(
+        self, *, page_size: int = 0, timeout: float | None = None
+    ) -> AsyncIterator[Adapter]:
+        """All adapters by name, fetched in pages (0: the server's size); `timeout` is a page's."""
+        request = adapters_pb2.ListAdaptersRequest(page_size=page_size)
+        return self._pages(request, timeout)
+
+    async def _pages(
+        self, request: adapters_pb2.ListAdaptersRequest, timeout: float | None
+    ) -> AsyncIterator[Adapter]:
+        while True:
+            response = await self._call(self._adapters.ListAdapters, request, timeout)
+            for adapter in response.adapters:
+                yield wire.adapter_of(adapter)
+            if not response.next_page_token:
+                return
+            request.page_token = response.next_page_token
+
+    async def delete_adapter(self, adapter_id: str, *, timeout: float | None = None) -> None:
+        """Takes the name away at once; requests that run on it finish."""
+        request = adapters_pb2.DeleteAdapterRequest(adapter_id=adapter_id)
+        await self._call(self._adapters.DeleteAdapter, request, timeout, adapter_id)
+
+    async def pin_adapter(
+        self, adapter_id: str, pinned: bool = True, *, timeout: float | None = None
+    ) -> Adapter:
+        """Keeps an adapter in device memory, or (pinned=False) no longer."""
+        request = adapters_pb2.PinAdapterRequest(adapter_id=adapter_id, pinned=pinned)
+        response = await self._call(self._adapters.PinAdapter, request, timeout, adapter_id)
+        return wire.adapter_of(response.adapter)
+
+    async def _call(
+        self,
+        method: Callable[..., Any],
+        request: object,
+        timeout: float | None,
+        adapter_id: str = "",
+    ) -> Any:
+        try:
+            return await method(
+                request, timeout=timeout, metadata=wire.metadata(self._token, adapter_id)
+            )
+        except grpc.RpcError as error:
+            raise from_rpc_error(error, self._target) from error
+
+
+async def _feed(call: Any, upload: Upload, progress: Progress | None) -> None:
+    requests = upload.requests()
+    while True:
+        request = await asyncio.to_thread(next, requests, None)
+        if request is None:
+            break
+        await call.write(request)
+        sent = sent_bytes(request)
+        if progress is not None and sent is not None:
+            progress(sent, upload.total_size)
+    await call.done_writing()

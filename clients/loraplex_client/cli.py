@@ -1,0 +1,148 @@
+"""The client's half of the command line: what its commands are called, and how they end.
+
+`add_commands` puts generate, chat and adapters on a parser, each with `func`; `run` calls one and
+turns whatever happens into an exit code: 0, 2 for usage, 130 after Ctrl-C, and 1 with one clear
+line on stderr for everything else.
+"""
+
+import argparse
+import io
+import logging
+import os
+import sys
+from collections.abc import Callable, Mapping
+from typing import TypeAlias
+
+from loraplex_client import cli_adapters, cli_chat, cli_generate
+from loraplex_client.cli_options import UsageError, add_connection, add_sampling
+from loraplex_client.errors import LoraplexError, ServerUnreachable
+from loraplex_client.render import one_line
+
+Command = Callable[[argparse.Namespace], int]
+Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+_logger = logging.getLogger(__name__)
+
+
+def add_commands(
+    subparsers: Subparsers,
+    environ: Mapping[str, str] = os.environ,
+) -> None:
+    """Registers every client command; `environ` has the defaults of --server and --token."""
+    _add_generate(subparsers, environ)
+    _add_chat(subparsers, environ)
+    _add_adapters(subparsers, environ)
+
+
+def _add(
+    subparsers: Subparsers,
+    name: str,
+    what: str,
+    epilog: str | None = None,
+) -> argparse.ArgumentParser:
+    return subparsers.add_parser(
+        name,
+        help=what,
+        description=f"{what[0].upper()}{what[1:]}.",
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def _add_generate(subparsers: Subparsers, environ: Mapping[str, str]) -> None:
+    parser = _add(subparsers, "generate", "answer one prompt", cli_generate.EPILOG)
+    parser.add_argument("prompt", help="the text to go on from; - reads it from stdin")
+    parser.add_argument(
+        "--adapter", default="", metavar="NAME", help="answer with this adapter (default: none)"
+    )
+    parser.add_argument(
+        "--chat",
+        action="store_true",
+        help="put the prompt through the chat template, as a user's message",
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object a line for each event")
+    add_sampling(parser)
+    add_connection(parser, environ)
+    parser.set_defaults(func=cli_generate.run)
+
+
+def _add_chat(subparsers: Subparsers, environ: Mapping[str, str]) -> None:
+    parser = _add(subparsers, "chat", "hold a conversation", cli_chat.EPILOG)
+    parser.add_argument("--adapter", default="", metavar="NAME", help="begin with this adapter")
+    parser.add_argument("--system", metavar="TEXT", help="a system message before everything else")
+    add_sampling(parser)
+    add_connection(parser, environ)
+    parser.set_defaults(func=cli_chat.run)
+
+
+def _add_adapters(subparsers: Subparsers, environ: Mapping[str, str]) -> None:
+    what = "manage the server's adapters"
+    actions = _add(subparsers, "adapters", what, cli_adapters.EPILOG).add_subparsers(
+        metavar="ACTION", required=True
+    )
+
+    def action(name: str, what: str, func: Command) -> argparse.ArgumentParser:
+        parser = _add(actions, name, what)
+        if name != "list":
+            parser.add_argument("name", metavar="NAME", help="the adapter's name on the server")
+        parser.add_argument("--json", action="store_true", help="one JSON object a line")
+        add_connection(parser, environ)
+        parser.set_defaults(func=func)
+        return parser
+
+    upload = action("upload", "send a PEFT folder to the server", cli_adapters.upload)
+    upload.add_argument(
+        "folder", metavar="DIR", help="holds adapter_config.json and adapter_model.safetensors"
+    )
+    upload.add_argument("--replace", action="store_true", help="even if the name is taken")
+    action("list", "show all adapters", cli_adapters.list_all)
+    action("show", "show one adapter", cli_adapters.show)
+    action("delete", "take a name away; what runs on it finishes", cli_adapters.delete)
+    pin = action("pin", "keep an adapter in device memory", cli_adapters.pin)
+    pin.set_defaults(pinned=True)
+    unpin = action("unpin", "let an adapter leave device memory again", cli_adapters.pin)
+    unpin.set_defaults(pinned=False)
+
+
+def run(func: Command, args: argparse.Namespace, expected: tuple[type[Exception], ...] = ()) -> int:
+    """The exit code of one command. `expected` errors speak for themselves, as our own do."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    try:
+        code = func(args)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        return _end(130, "interrupted")
+    except BrokenPipeError:
+        return _end_broken_pipe()
+    except UsageError as error:
+        return _end(2, str(error))
+    except Exception as error:
+        _logger.debug("the command failed", exc_info=True)
+        return _end(1, _describe(error, expected))
+
+
+def _describe(error: Exception, expected: tuple[type[Exception], ...]) -> str:
+    if isinstance(error, ServerUnreachable):
+        return f"{error} (start one with: loraplex serve)"
+    if isinstance(error, (LoraplexError, *expected)):
+        return str(error)
+    if isinstance(error, UnicodeError):
+        return "the text is not valid UTF-8"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
+    return f"unexpected {type(error).__name__}: {error}"
+
+
+def _end(code: int, message: str) -> int:
+    sys.stderr.write(f"loraplex: {one_line(message)}\n")
+    return code
+
+
+def _end_broken_pipe() -> int:
+    """Whoever read our output has gone: nothing to say, and nothing more to flush at exit."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 1

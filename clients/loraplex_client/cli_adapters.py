@@ -1,0 +1,119 @@
+"""`loraplex adapters`: upload, list, show, delete, pin and unpin."""
+
+import argparse
+import sys
+
+from loraplex_client.cli_options import connect
+from loraplex_client.render import (
+    human_bytes,
+    one_line,
+    plain,
+    progress_bar,
+    write_json,
+    write_table,
+)
+from loraplex_client.values import Adapter
+
+EPILOG = """\
+examples:
+  loraplex adapters upload pirate ./my-peft-folder
+  loraplex adapters list
+  loraplex adapters list --json | jq -r .adapter_id
+  loraplex adapters show pirate
+  loraplex adapters delete pirate
+"""
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(one_line(text) + "\n")
+
+
+def upload(args: argparse.Namespace) -> int:
+    with connect(args) as client, progress_bar(f"uploading {args.name}", sys.stderr) as progress:
+        result = client.upload_adapter(
+            args.name, args.folder, args.replace, progress, timeout=args.timeout
+        )
+    for warning in result.warnings:
+        sys.stderr.write(f"loraplex: warning: {one_line(warning)}\n")
+    if args.json:
+        write_json(result, sys.stdout)
+        return 0
+    adapter = result.adapter
+    done = "uploaded" if result.created else "already there:"
+    _say(
+        f"{done} {adapter.adapter_id} (rank {adapter.rank}, {human_bytes(adapter.size_bytes)}, "
+        f"version {adapter.version[:12]})"
+    )
+    return 0
+
+
+def list_all(args: argparse.Namespace) -> int:
+    with connect(args) as client:
+        adapters = list(client.list_adapters(timeout=args.timeout))
+    if args.json:
+        for adapter in adapters:
+            write_json(adapter, sys.stdout)
+    elif adapters:
+        write_table(_HEADER, [_row(adapter) for adapter in adapters], sys.stdout)
+    else:
+        sys.stderr.write("no adapters (add one with: loraplex adapters upload NAME DIR)\n")
+    return 0
+
+
+_HEADER = ("NAME", "RANK", "SIZE", "STATE", "WHERE", "PINNED", "VERSION", "MODULES")
+
+
+def _row(adapter: Adapter) -> tuple[str, ...]:
+    return (
+        adapter.adapter_id,
+        str(adapter.rank),
+        human_bytes(adapter.size_bytes),
+        adapter.state,
+        adapter.residency,
+        "yes" if adapter.pinned else "no",
+        adapter.version[:12],
+        ",".join(adapter.target_modules),
+    )
+
+
+def show(args: argparse.Namespace) -> int:
+    with connect(args) as client:
+        _show(client.get_adapter(args.name, timeout=args.timeout), args.json)
+    return 0
+
+
+def _show(adapter: Adapter, as_json: bool) -> None:
+    if as_json:
+        write_json(adapter, sys.stdout)
+        return
+    shown = {
+        **plain(adapter),
+        "size_bytes": f"{adapter.size_bytes} ({human_bytes(adapter.size_bytes)})",
+        "target_modules": ", ".join(adapter.target_modules),
+        "pinned": "yes" if adapter.pinned else "no",
+        "last_used_time": plain(adapter.last_used_time) or "never",
+    }
+    width = max(map(len, shown))
+    for name, value in shown.items():
+        _say(f"{name.ljust(width)}  {value}")
+
+
+def delete(args: argparse.Namespace) -> int:
+    with connect(args) as client:
+        client.delete_adapter(args.name, timeout=args.timeout)
+    if args.json:
+        write_json({"adapter_id": args.name, "deleted": True}, sys.stdout)
+    else:
+        _say(f"deleted {args.name}")
+    return 0
+
+
+def pin(args: argparse.Namespace) -> int:
+    """`args.pinned` says whether this is pin or unpin."""
+    with connect(args) as client:
+        adapter = client.pin_adapter(args.name, args.pinned, timeout=args.timeout)
+    if args.json:
+        write_json(adapter, sys.stdout)
+    else:
+        _say(f"{'pinned' if args.pinned else 'unpinned'} {adapter.adapter_id}")
+    return 0

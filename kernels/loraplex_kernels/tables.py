@@ -1,0 +1,69 @@
+"""Where every resident adapter's weights lie in the arena."""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+GRANULE_RANK = 16
+"""Ranks are stored and computed 16 at a time; the last granule of a matrix is padded with zeros."""
+
+
+class Granule(NamedTuple):
+    """16 ranks of one module of one layer: `a` and `b` are byte offsets in the arena."""
+
+    layer: int
+    module: int
+    part: int  # which 16 ranks of this module
+    a: int  # A[16, K], row-major
+    b: int  # B^T[16, N], row-major
+    scale: float  # alpha / r or alpha / sqrt(r)
+
+
+class AdapterTables:
+    """Fixed-size device tables, a row a slot. Written between steps, read by every LoRA op.
+
+    offset       int64 [slots, layers, modules, granules, 2]   bytes from the arena's start: A, B^T
+    scale        fp32  [slots, layers, modules, granules]
+    num_granules int32 [slots, layers, modules]                0: this module is not adapted
+    """
+
+    def __init__(
+        self, num_slots: int, num_layers: int, num_modules: int, max_rank: int, device: torch.device
+    ) -> None:
+        granules = -(-max_rank // GRANULE_RANK)
+        shape = (num_slots, num_layers, num_modules)
+        self.offset = torch.zeros(*shape, granules, 2, dtype=torch.int64, device=device)
+        self.scale = torch.zeros(*shape, granules, dtype=torch.float32, device=device)
+        self.num_granules = torch.zeros(*shape, dtype=torch.int32, device=device)
+
+    def write(self, slot: int, granules: Iterable[Granule]) -> None:
+        """Make `slot` describe these granules and nothing else."""
+        offset = torch.zeros_like(self.offset[slot], device="cpu")
+        scale = torch.zeros_like(self.scale[slot], device="cpu")
+        count = torch.zeros_like(self.num_granules[slot], device="cpu")
+        for g in granules:
+            offset[g.layer, g.module, g.part, 0] = g.a
+            offset[g.layer, g.module, g.part, 1] = g.b
+            scale[g.layer, g.module, g.part] = g.scale
+            count[g.layer, g.module] = max(int(count[g.layer, g.module]), g.part + 1)
+        self.offset[slot].copy_(offset)
+        self.scale[slot].copy_(scale)
+        self.num_granules[slot].copy_(count)
+
+    def clear(self, slot: int) -> None:
+        self.num_granules[slot].zero_()
+
+    def granules(self, slot: int, layer: int, module: int) -> list[tuple[int, int, float]]:
+        """`(a, b, scale)` of each granule of one module, for the reference ops and tests."""
+        count = int(self.num_granules[slot, layer, module])
+        offsets = self.offset[slot, layer, module, :count].tolist()
+        scales = self.scale[slot, layer, module, :count].tolist()
+        return [(a, b, s) for (a, b), s in zip(offsets, scales, strict=True)]
+
+
+def view(arena: Tensor, offset: int, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """A `[rows, columns]` matrix of `dtype` that starts `offset` bytes into the arena."""
+    size = rows * columns * dtype.itemsize
+    return arena[offset : offset + size].view(dtype).view(rows, columns)

@@ -1,0 +1,260 @@
+"""Content under its version: a folder of files that never change, kept while anybody needs it."""
+
+import contextlib
+import logging
+import secrets
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Lock
+
+from loraplex.adapters.peft import CONFIG_NAME
+from loraplex.adapters.safetensors_header import WEIGHTS_NAME
+from loraplex.adapters.store_files import Disk, FileRecord, describe, storage_errors
+from loraplex.adapters.store_records import files_bytes, is_digest, parse_files
+from loraplex.errors import RequestError
+
+logger = logging.getLogger(__name__)
+
+RECORD_NAME = "record.json"
+_QUARANTINE_NAME = "quarantined"  # an empty file: the damage outlives the process that found it
+_TRUTH = (WEIGHTS_NAME, CONFIG_NAME)  # a blob's other files are caches, dropped when they differ
+
+
+@dataclass(slots=True)
+class Blob:
+    """One version's folder. All of it changes, under the lock of its BlobStore."""
+
+    files: dict[str, FileRecord]
+    damaged: bool = False
+    verified: bool = False  # its hashes were checked in this process
+    readers: int = 0
+    names: set[str] = field(default_factory=set)
+    checking: Lock = field(default_factory=Lock)  # held while the files are hashed
+
+
+class BlobStore:
+    """The versions on disk, with who holds them: names, which are durable, and readers.
+
+    `_lock` guards what is in memory, for moments only. `exclusive` orders what changes the disk.
+    """
+
+    def __init__(self, root: Path, temporary: Path, disk: Disk) -> None:
+        self._root = root
+        self._temporary = temporary
+        self._disk = disk
+        self._lock = Lock()
+        self._disk_lock = Lock()
+
+        self._open = True
+        self._blobs: dict[str, Blob] = {}
+        self._garbage: set[str] = set()  # versions to remove, unless they are in use again
+
+    def folder(self, version: str) -> Path:
+        return self._root / version[:2] / version
+
+    def new_temporary(self) -> Path:
+        """A name in the temporary area that nothing has yet."""
+        return self._temporary / secrets.token_hex(16)
+
+    def require(self, version: str) -> None:
+        """ADAPTER_NOT_FOUND unless the version is here."""
+        with self._lock:
+            self._known(version)
+
+    def is_damaged(self, version: str) -> bool:
+        with self._lock:
+            blob = self._blobs.get(version)
+            return blob is None or blob.damaged
+
+    def retain(self, version: str) -> None:
+        with self._lock:
+            self._known(version).readers += 1
+
+    def release(self, version: str) -> None:
+        with self._lock:
+            blob = self._blobs[version]
+            assert blob.readers > 0
+            blob.readers -= 1
+            self._garbage.add(version)
+        self._collect()
+
+    def link(self, version: str, adapter_id: str) -> None:
+        with self._lock:
+            self._blobs[version].names.add(adapter_id)
+
+    def unlink(self, version: str, adapter_id: str) -> None:
+        """Whoever is exclusive removes the version afterwards, if nobody holds it."""
+        with self._lock:
+            if blob := self._blobs.get(version):
+                blob.names.discard(adapter_id)
+                self._garbage.add(version)
+
+    @contextlib.contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Alone with the disk; what became garbage meanwhile is removed afterwards."""
+        try:
+            with self._disk_lock:
+                if not self._open:
+                    raise RequestError("STORE_UNAVAILABLE", "the adapter store is closed")
+                yield
+        finally:
+            self._collect()
+
+    def place(self, version: str, staged: Path, files: dict[str, FileRecord]) -> None:
+        """The staged folder becomes the version's, unless that has a sound one; when exclusive.
+
+        Without a name or reader by the end of it, the version is removed again.
+        """
+        with self._lock:
+            blob = self._blobs.get(version)
+            self._garbage.add(version)
+        if blob is not None and not blob.damaged:
+            for name in files.keys() - blob.files.keys():
+                self._add(version, blob, staged / name, files[name])
+            return
+        target = self.folder(version)
+        self._disk.make_folder(target.parent)
+        if target.exists():
+            trash = self.new_temporary()
+            target.replace(trash)
+            self._disk.remove_folder(trash)
+        self._disk.move(staged, target)
+        with self._lock:
+            if blob is None:
+                self._blobs[version] = Blob(files)
+            else:
+                blob.files, blob.damaged, blob.verified = files, False, False
+
+    def add_file(self, version: str, name: str, source: Path) -> None:
+        assert name not in (*_TRUTH, RECORD_NAME, _QUARANTINE_NAME)
+        self._disk.sync(source)
+        file = describe(source)
+        with self.exclusive():
+            with self._lock:
+                blob = self._known(version)
+            self._disk.move(source, self.folder(version) / name)
+            self._keep_record(version, blob, {**blob.files, name: file})
+
+    def verify(self, version: str) -> None:
+        self.retain(version)
+        try:
+            with self._lock:
+                blob = self._known(version)
+            with blob.checking:
+                if not blob.verified and not blob.damaged:
+                    self._check_files(version, blob)
+                if blob.damaged:
+                    raise RequestError(
+                        "ADAPTER_UNUSABLE",
+                        f"version {version} is quarantined: its bytes on disk differ from what was"
+                        " uploaded",
+                    )
+        finally:
+            self.release(version)
+
+    def write(self, path: Path, data: bytes) -> None:
+        """The file has this content, or still what it had."""
+        temporary = self.new_temporary()
+        try:
+            self._disk.write(temporary, data)
+            self._disk.move(temporary, path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
+
+    def load(self, version: str, adapter_id: str) -> None:
+        """Read a version that a manifest names, when the store is opened; sizes are checked."""
+        if version not in self._blobs:
+            self._blobs[version] = self._read(version)
+        self._blobs[version].names.add(adapter_id)
+
+    def sweep(self) -> None:
+        """Remove what no manifest names, when the store is opened."""
+        for path in self._root.glob("*/*"):
+            if path.name not in self._blobs and is_digest(path.name):
+                self._disk.remove_folder(path)
+
+    def close(self) -> None:
+        """Nothing is written from here on."""
+        with self._disk_lock:
+            self._open = False
+
+    def _known(self, version: str) -> Blob:
+        blob = self._blobs.get(version)
+        if blob is None:
+            raise RequestError("ADAPTER_NOT_FOUND", f"there is no adapter of version {version}")
+        return blob
+
+    def _collect(self) -> None:
+        """Remove garbage, unless somebody has the disk, who will do it when done."""
+        while self._garbage and self._disk_lock.acquire(blocking=False):
+            try:
+                if not self._open:
+                    return
+                for version in self._take_unused():
+                    self._disk.remove_folder(self.folder(version))
+            finally:
+                self._disk_lock.release()
+
+    def _take_unused(self) -> list[str]:
+        with self._lock:
+            unused = []
+            for version in self._garbage:
+                blob = self._blobs.get(version)
+                if blob is not None and not blob.names and not blob.readers:
+                    del self._blobs[version]
+                    unused.append(version)
+            self._garbage.clear()
+            return unused
+
+    def _add(self, version: str, blob: Blob, source: Path, file: FileRecord) -> None:
+        self._disk.move(source, self.folder(version) / source.name)
+        self._keep_record(version, blob, {**blob.files, source.name: file})
+
+    def _keep_record(self, version: str, blob: Blob, files: Mapping[str, FileRecord]) -> None:
+        self.write(self.folder(version) / RECORD_NAME, files_bytes(files))
+        with self._lock:
+            blob.files = dict(files)
+
+    def _check_files(self, version: str, blob: Blob) -> None:
+        for name, expected in dict(blob.files).items():
+            path = self.folder(version) / name
+            with storage_errors():
+                if path.is_file() and describe(path) == expected:
+                    continue
+            if name in _TRUTH:
+                self._quarantine(version, blob)
+                return
+            self._drop(version, name, blob)
+        with self._lock:
+            blob.verified = True
+
+    def _drop(self, version: str, name: str, blob: Blob) -> None:
+        logger.warning("adapter store: %s of %s differs and is dropped", name, version)
+        with storage_errors(), self.exclusive():
+            self._disk.remove(self.folder(version) / name)
+            self._keep_record(version, blob, {k: v for k, v in blob.files.items() if k != name})
+
+    def _quarantine(self, version: str, blob: Blob) -> None:
+        logger.error("adapter store: the bytes of %s differ from what was uploaded", version)
+        with self._lock:
+            blob.damaged = True
+        try:
+            with self.exclusive():
+                self.write(self.folder(version) / _QUARANTINE_NAME, b"")
+        except OSError as error:
+            logger.warning("adapter store: the quarantine is not written down: %s", error)
+
+    def _read(self, version: str) -> Blob:
+        folder = self.folder(version)
+        record = folder / RECORD_NAME
+        files = (parse_files(record.read_bytes()) if record.is_file() else None) or {}
+        sound = {
+            name: file
+            for name, file in files.items()
+            if (folder / name).is_file() and (folder / name).stat().st_size == file.size
+        }
+        marked = (folder / _QUARANTINE_NAME).exists()
+        return Blob(sound, damaged=marked or not all(name in sound for name in _TRUTH))

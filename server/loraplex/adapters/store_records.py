@@ -1,0 +1,157 @@
+"""What the adapter store remembers of a name and of a blob, and how that is written down."""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import PurePath
+from threading import Lock
+
+from loraplex.adapters.store_files import FileRecord
+from loraplex.errors import InvalidRequestError
+
+FORMAT = 1
+_ADAPTER_ID = re.compile(r"[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+class AdapterState(Enum):
+    """Whether a stored adapter can be served."""
+
+    READY = "ready"
+    QUARANTINED = "quarantined"  # its bytes on disk differ from its version
+    INCOMPATIBLE = "incompatible"  # stored for another base model
+
+
+class Visibility(Enum):
+    """Who may name the adapter."""
+
+    PRIVATE = "private"
+    SHARED = "shared"
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterRecord:
+    """A name and what it stands for. Times are seconds since the epoch."""
+
+    adapter_id: str
+    version: str  # "" when the manifest cannot be read
+    etag: str
+    size_bytes: int  # of the safetensors file
+    rank: int
+    target_modules: tuple[str, ...]
+    state: AdapterState
+    visibility: Visibility
+    create_time: float
+    last_used_time: float | None
+    owner: str
+    base_id: str
+
+
+@dataclass(slots=True)
+class Blob:
+    """One version's folder. All of it changes, under the store's lock."""
+
+    files: dict[str, FileRecord]
+    damaged: bool = False
+    verified: bool = False  # its hashes were checked in this process
+    readers: int = 0
+    names: set[str] = field(default_factory=set)
+    checking: Lock = field(default_factory=Lock)  # held while the files are hashed
+
+
+def is_adapter_id(name: str) -> bool:
+    return _ADAPTER_ID.fullmatch(name) is not None and ".." not in name
+
+
+def is_digest(text: str) -> bool:
+    return _DIGEST.fullmatch(text) is not None
+
+
+def validate_adapter_id(name: str, field: str = "adapter_id") -> None:
+    """InvalidRequestError unless `name` may name an adapter; `field` is where the name stood."""
+    if not is_adapter_id(name):
+        raise InvalidRequestError(
+            field,
+            "must be 1 to 63 of a-z, 0-9, '.', '_' and '-', begin and end with a letter or digit,"
+            " and not hold '..'",
+        )
+
+
+def manifest_bytes(record: AdapterRecord) -> bytes:
+    fields = {
+        "format": FORMAT,
+        "adapter_id": record.adapter_id,
+        "version": record.version,
+        "etag": record.etag,
+        "size_bytes": record.size_bytes,
+        "rank": record.rank,
+        "target_modules": record.target_modules,
+        "visibility": record.visibility.value,
+        "create_time": record.create_time,
+        "last_used_time": record.last_used_time,
+        "owner": record.owner,
+        "base_id": record.base_id,
+    }
+    return json.dumps(fields, indent=2).encode()
+
+
+def parse_manifest(data: bytes, adapter_id: str) -> AdapterRecord | None:
+    """None when it is not a whole manifest of this name."""
+    try:
+        fields = json.loads(data)
+        last_used = fields["last_used_time"]
+        record = AdapterRecord(
+            adapter_id=fields["adapter_id"],
+            version=fields["version"],
+            etag=str(fields["etag"]),
+            size_bytes=int(fields["size_bytes"]),
+            rank=int(fields["rank"]),
+            target_modules=tuple(str(module) for module in fields["target_modules"]),
+            state=AdapterState.READY,
+            visibility=Visibility(fields["visibility"]),
+            create_time=float(fields["create_time"]),
+            last_used_time=None if last_used is None else float(last_used),
+            owner=str(fields["owner"]),
+            base_id=str(fields["base_id"]),
+        )
+        whole = fields["format"] == FORMAT and record.adapter_id == adapter_id
+        return record if whole and is_digest(record.version) else None
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+
+
+def unreadable_record(adapter_id: str) -> AdapterRecord:
+    """Stands for a manifest that cannot be read, so that its name is seen and can be deleted."""
+    return AdapterRecord(
+        adapter_id=adapter_id,
+        version="",
+        etag="",
+        size_bytes=0,
+        rank=0,
+        target_modules=(),
+        state=AdapterState.QUARANTINED,
+        visibility=Visibility.PRIVATE,
+        create_time=0.0,
+        last_used_time=None,
+        owner="",
+        base_id="",
+    )
+
+
+def files_bytes(files: Mapping[str, FileRecord]) -> bytes:
+    entries = {name: {"size": file.size, "sha256": file.sha256} for name, file in files.items()}
+    return json.dumps({"format": FORMAT, "files": entries}, indent=2, sort_keys=True).encode()
+
+
+def parse_files(data: bytes) -> dict[str, FileRecord] | None:
+    """None when it is not a whole record of a blob's files."""
+    try:
+        fields = json.loads(data)
+        entries = fields["files"].items()
+        files = {name: FileRecord(int(e["size"]), str(e["sha256"])) for name, e in entries}
+        whole = fields["format"] == FORMAT and all(PurePath(name).name == name for name in files)
+        return files if whole else None
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return None

@@ -1,0 +1,79 @@
+"""What `loraplex serve` was asked for: built once, from the command line, and passed down."""
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+DEFAULT_MODEL = "smollm2-135m-instruct"
+
+_UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """HOST:PORT; port 0 lets the system choose."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True)
+class ServeConfig:
+    """Every setting of the server. None: chosen at start from the machine or the model."""
+
+    store: Path
+    cache: Path
+    model: str = DEFAULT_MODEL
+    device: str = "auto"
+    dtype: str = "bfloat16"
+    listen: Address = Address("127.0.0.1", 50051)
+    metrics: Address | None = Address("127.0.0.1", 9464)
+    insecure: bool = False
+    max_rank: int = 64
+    max_slots: int = 64
+    memory: int | None = None  # bytes of the arena
+    max_running: int = 64
+    max_waiting: int = 1024
+    max_step_tokens: int = 512
+    max_adapter_bytes: int = 2**30
+    context_length: int | None = None
+    threads: int | None = None
+    step_log: Path | None = None
+    drain_seconds: float = 30.0
+
+
+def parse_address(text: str) -> Address:
+    """`HOST:PORT` or `[IPV6]:PORT`; ValueError says what is wrong."""
+    match = re.fullmatch(r"(?:\[([0-9a-fA-F:.]+)\]|([^:\[\]]+)):(\d{1,5})", text)
+    if match is None or int(match[3]) > 65535:
+        raise ValueError(f"{text!r} is not HOST:PORT")
+    return Address(match[1] or match[2], int(match[3]))
+
+
+def parse_size(text: str) -> int:
+    """Bytes: `1536M`, `2GiB`, `2g` or a plain number; units are powers of 1024."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", text.strip().lower())
+    if match is None:
+        raise ValueError(f"{text!r} is not a size such as 512M or 2G")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def format_size(size: int) -> str:
+    """`1.5 GiB`."""
+    value, unit = float(size), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if value < 1024:
+            break
+        value, unit = value / 1024, larger
+    return f"{value:.0f} {unit}" if value >= 100 or unit == "B" else f"{value:.1f} {unit}"
+
+
+def user_dir(variable: str, fallback: str) -> Path:
+    """`loraplex` in one of the user's XDG base directories."""
+    base = os.environ.get(variable)
+    return (Path(base) if base else Path.home() / fallback) / "loraplex"

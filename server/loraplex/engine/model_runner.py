@@ -1,0 +1,84 @@
+"""The device side of the engine: one forward pass a step, adapters copied in beside it."""
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import torch
+from loraplex_kernels.ops import Ops
+from loraplex_kernels.tables import GRANULE_RANK, AdapterTables
+
+from loraplex.adapters.packing import PackedAdapter
+from loraplex.engine.batch import Batch, DeviceMemory
+from loraplex.engine.sampler import sample
+from loraplex.engine.scheduler import Sampled, Scheduled
+from loraplex.model.config import MODULES, ModelConfig
+from loraplex.model.decoder import Decoder
+
+BLOCK_QUANTUM = 16
+"""A block holds a multiple of so many tokens' KV."""
+
+
+@dataclass(frozen=True, slots=True)
+class BlockShape:
+    """An arena block: exactly the KV of `tokens` tokens over all layers, in bytes `size`."""
+
+    tokens: int
+    size: int
+
+
+def block_shape(
+    config: ModelConfig, kv_dtype: torch.dtype, adapter_dtype: torch.dtype
+) -> BlockShape:
+    """The smallest block that holds the largest granule of a decoder layer's linears."""
+    per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * kv_dtype.itemsize
+    features = max(max(shape) for shape in config.module_shapes)
+    granule = GRANULE_RANK * features * adapter_dtype.itemsize
+    tokens = BLOCK_QUANTUM
+    while tokens * per_token < granule:
+        tokens += BLOCK_QUANTUM
+    return BlockShape(tokens, tokens * per_token)
+
+
+@dataclass(frozen=True, slots=True)
+class RunnerConfig:
+    """Sizes that are fixed at start."""
+
+    num_blocks: int
+    max_slots: int
+    max_rank: int
+    device: torch.device
+
+
+class ModelRunner:
+    """Owns the arena's bytes and the tables; runs on the engine thread but for `copy_adapter`."""
+
+    def __init__(self, decoder: Decoder, ops: Ops, config: RunnerConfig) -> None:
+        model, dtype = decoder.config, decoder.dtype
+        self._decoder = decoder
+        self._ops = ops
+        block = block_shape(model, dtype, dtype)
+        arena = torch.zeros(config.num_blocks * block.size, dtype=torch.uint8, device=config.device)
+        self._blocks = arena.view(config.num_blocks, block.size)
+        self._kv_cache = arena.view(dtype).view(
+            config.num_blocks, model.num_layers, 2, model.num_kv_heads, block.tokens, model.head_dim
+        )
+        tables = AdapterTables(
+            config.max_slots, model.num_layers, len(MODULES), config.max_rank, config.device
+        )
+        self._memory = DeviceMemory(arena, dtype, tables, block.tokens)
+
+    def run(self, rows: Seq[Scheduled]) -> list[Sampled]:
+        """One forward pass over all rows; what was drawn for those that sample, in order."""
+        with torch.inference_mode():
+            batch = Batch.build(rows, self._memory)
+            logits = self._decoder.forward(batch.decoder_input, self._kv_cache, self._ops)
+            return sample(logits, batch.sampling)
+
+    def copy_adapter(self, packed: PackedAdapter, blocks: Seq[int]) -> None:
+        """Weights into blocks that no step reads yet; may run on any thread."""
+        for source, block in zip(packed.data, blocks, strict=True):
+            self._blocks[block].copy_(source)
+
+    def bind_slot(self, slot: int, packed: PackedAdapter, blocks: Seq[int]) -> None:
+        """From the next step on, `slot` is this adapter."""
+        self._memory.tables.write(slot, packed.placed(blocks))

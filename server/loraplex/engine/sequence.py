@@ -1,0 +1,136 @@
+"""A request as the engine knows it: its parameters, its tokens, and where it stands."""
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+from enum import Enum
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the next token is drawn. The defaults change nothing; temperature 0 is greedy."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0: off
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0  # over prompt and output
+    presence_penalty: float = 0.0  # over the output
+    frequency_penalty: float = 0.0  # over the output
+    seed: int = 0
+    num_logprobs: int | None = None  # None: no logprobs at all; 0: the sampled token's only
+
+    @property
+    def has_penalties(self) -> bool:
+        return (
+            self.repetition_penalty != 1.0
+            or self.presence_penalty != 0.0
+            or self.frequency_penalty != 0.0
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class StopParams:
+    """When to stop, as far as token ids tell; stop strings are the API's, which knows the text."""
+
+    max_tokens: int
+    min_tokens: int = 0
+    stop_token_ids: frozenset[int] = frozenset()  # end-of-sequence ids included, unless ignored
+
+
+class Phase(Enum):
+    """Where a sequence stands between submit and its last token."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class FinishReason(Enum):
+    """Why a sequence ended by itself. Cancel, deadline and errors are statuses, not reasons."""
+
+    STOP_TOKEN = "stop_token"
+    STOP_STRING = "stop_string"
+    LENGTH = "length"
+
+
+@dataclass(frozen=True, slots=True)
+class Logprobs:
+    """Of the raw logits at one position: the sampled token's, and the most likely tokens'."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...]  # (token_id, logprob), most likely first
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Seconds a request spent in each stage."""
+
+    queue: float = 0.0
+    prefill: float = 0.0
+    decode: float = 0.0
+    adapter_wait: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """Freshly sampled tokens, in order; `logprobs` is parallel to them or empty."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[Logprobs, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The last event of a sequence that ended by itself."""
+
+    reason: FinishReason
+    stop_token_id: int | None
+    cached_tokens: int
+    timings: Timings
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One request. The first block is set at submit and never changes; the engine owns the rest."""
+
+    request_id: str
+    prompt_token_ids: Seq[int]
+    sampling: SamplingParams
+    stop: StopParams
+    digest: str | None = None  # the adapter's version; None is the bare base
+    adapter_id: str = ""  # the name it was asked for by, for messages only
+    priority: int = 0
+
+    phase: Phase = Phase.WAITING
+    output_token_ids: list[int] = field(default_factory=list)
+    num_computed: int = 0  # tokens whose KV is in the arena
+    block_table: list[int] = field(default_factory=list)
+    slot: int | None = None  # the adapter's row in the device tables, while it is held
+
+    submitted_at: float = 0.0  # seconds, the engine's clock
+    adapter_ready_at: float | None = None
+    admitted_at: float | None = None
+    first_token_at: float | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    def token_ids(self, start: int, end: int) -> list[int]:
+        """Tokens `start..end` of prompt and output together."""
+        prompt = len(self.prompt_token_ids)
+        if start >= prompt:
+            return self.output_token_ids[start - prompt : end - prompt]
+        return [*self.prompt_token_ids[start:end], *self.output_token_ids[: max(0, end - prompt)]]
+
+    def timings(self, now: float) -> Timings:
+        admitted = now if self.admitted_at is None else self.admitted_at
+        first = now if self.first_token_at is None else self.first_token_at
+        ready = self.adapter_ready_at
+        wait = 0.0 if ready is None else max(0.0, ready - self.submitted_at)
+        return Timings(
+            queue=admitted - self.submitted_at,
+            prefill=first - admitted,
+            decode=now - first,
+            adapter_wait=wait,
+        )

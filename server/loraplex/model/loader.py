@@ -1,0 +1,129 @@
+"""Build the decoder from a checkpoint, quantising to NF4 tensor by tensor."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from loraplex_kernels.ops import Projection
+from torch import Tensor
+
+from loraplex.errors import ModelError
+from loraplex.model import nf4
+from loraplex.model.checkpoint import Checkpoint
+from loraplex.model.config import MODULES, ModelConfig, linear_prefix, read_json
+from loraplex.model.decoder import Decoder, DecoderLayer
+from loraplex.model.linear import Linear, WeightForm
+from loraplex.model.nf4 import NF4Weight
+
+Progress = Callable[[int, int], None]
+"""Called with (layers done, layers in all)."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadOptions:
+    """Where the weights go, and in which forms."""
+
+    device: torch.device
+    dtype: torch.dtype
+    form: WeightForm
+
+
+def check_quantization(folder: Path) -> None:
+    """Refuse a checkpoint that is quantised in any other way than bitsandbytes' NF4."""
+    settings = read_json(folder / "config.json").get("quantization_config")
+    if settings is None:
+        return
+    method, kind = settings.get("quant_method"), settings.get("bnb_4bit_quant_type")
+    if method != "bitsandbytes" or not settings.get("load_in_4bit") or kind != "nf4":
+        raise ModelError(
+            f"config.json: quantisation {method!r} is not supported; give the full-precision "
+            "checkpoint, or one in bitsandbytes' nf4"
+        )
+
+
+def load_decoder(
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    options: LoadOptions,
+    progress: Progress = lambda done, total: None,
+) -> Decoder:
+    """Read, quantise and place every weight; at most one layer is in full precision at a time."""
+    check_quantization(checkpoint.folder)
+    reader = _Reader(checkpoint, config, options)
+    layers = []
+    for index in range(config.num_layers):
+        layers.append(reader.layer(index))
+        progress(index + 1, config.num_layers)
+    shape = (config.vocab_size, config.hidden_size)
+    embedding = reader.dense("model.embed_tokens.weight", shape)
+    tied = config.tie_word_embeddings
+    head = embedding if tied else reader.dense("lm_head.weight", shape)
+    return Decoder(config, embedding, layers, reader.norm("model.norm"), head, options.dtype)
+
+
+class _Reader:
+    """Reads one checkpoint's pieces in the shapes its config promises."""
+
+    def __init__(self, checkpoint: Checkpoint, config: ModelConfig, options: LoadOptions) -> None:
+        self._checkpoint = checkpoint
+        self._config = config
+        self._options = options
+
+    def layer(self, index: int) -> DecoderLayer:
+        prefix = f"model.layers.{index}"
+        attention_bias, mlp_bias = self._config.attention_bias, self._config.mlp_bias
+        return DecoderLayer(
+            input_norm=self.norm(f"{prefix}.input_layernorm"),
+            qkv=self.linear(index, ("q_proj", "k_proj", "v_proj"), attention_bias),
+            o=self.linear(index, ("o_proj",), attention_bias),
+            post_attention_norm=self.norm(f"{prefix}.post_attention_layernorm"),
+            gate_up=self.linear(index, ("gate_proj", "up_proj"), mlp_bias),
+            down=self.linear(index, ("down_proj",), mlp_bias),
+        )
+
+    def dense(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """Rounded to bf16 as the base is, then held in the activations' type."""
+        tensor = self._checkpoint.read_float(name, shape).to(torch.bfloat16)
+        return tensor.to(self._options.device, self._options.dtype)
+
+    def norm(self, name: str) -> Tensor:
+        weight = self._checkpoint.read_float(f"{name}.weight", (self._config.hidden_size,))
+        return weight.to(torch.bfloat16).to(self._options.device, torch.float32)
+
+    def linear(self, layer: int, modules: tuple[str, ...], has_bias: bool) -> Linear:
+        weights, projections, biases = [], [], []
+        column = 0
+        for module in modules:
+            index = MODULES.index(module)
+            shape = self._config.module_shapes[index]
+            name = f"{linear_prefix(layer, module)}.{module}"
+            weights.append(self._weight(name, shape))
+            projections.append(Projection(index, column, shape[0]))
+            column += shape[0]
+            if has_bias:
+                biases.append(self.dense(f"{name}.bias", (shape[0],)))
+        weight = nf4.stack(weights) if len(weights) > 1 else weights[0]
+        return Linear(
+            weight.to(self._options.device),
+            torch.cat(biases) if has_bias else None,
+            tuple(projections),
+            self._options.form,
+            self._options.dtype,
+        )
+
+    def _weight(self, name: str, shape: tuple[int, int]) -> NF4Weight:
+        if f"{name}.weight.{nf4.QUANT_STATE_KEY}" not in self._checkpoint:
+            return nf4.quantize(self._checkpoint.read_float(f"{name}.weight", shape))
+        prefix = f"{name}.weight"
+        names = [n for n in self._checkpoint.names if n == prefix or n.startswith(prefix + ".")]
+        tensors = {n.removeprefix(f"{name}.").removeprefix("weight."): n for n in names}
+        try:
+            weight = nf4.from_checkpoint(
+                {part: self._checkpoint.read(full) for part, full in tensors.items()}
+            )
+        except (ValueError, KeyError, AssertionError, RuntimeError) as error:
+            raise ModelError(f"{name}.weight is not a readable NF4 weight: {error}") from error
+        if (weight.out_features, weight.in_features) != shape:
+            raise ModelError(f"{name}.weight does not have the shape config.json makes it")
+        return weight

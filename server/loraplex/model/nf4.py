@@ -1,0 +1,87 @@
+"""A weight matrix in bitsandbytes' NF4: 4-bit codes with one fp32 absmax for each 64 of them.
+
+Format (Dettmers et al. 2023, QLoRA): uint8 `[out, in / 2]`, high nibble first, blocks of 64 along
+the flattened matrix; a value is `code * absmax`. Several matrices therefore stack exactly.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from loraplex.model.bitsandbytes import functional as bnb
+
+BLOCK_SIZE = 64
+SETTINGS = {"quant_type": "nf4", "blocksize": BLOCK_SIZE, "compress_statistics": False}
+QUANT_STATE_KEY = "quant_state.bitsandbytes__nf4"
+
+
+@dataclass(frozen=True, slots=True)
+class NF4Weight:
+    """codes uint8 [out, in / 2]; absmax fp32 [out * in / 64]; code fp32 [16], NF4's levels."""
+
+    codes: Tensor
+    absmax: Tensor
+    code: Tensor
+
+    @property
+    def out_features(self) -> int:
+        return int(self.codes.shape[0])
+
+    @property
+    def in_features(self) -> int:
+        return 2 * int(self.codes.shape[1])
+
+    @property
+    def state(self) -> "bnb.QuantState":
+        return bnb.QuantState(
+            absmax=self.absmax,
+            shape=torch.Size((self.out_features, self.in_features)),
+            code=self.code,
+            blocksize=BLOCK_SIZE,
+            quant_type="nf4",
+            dtype=torch.bfloat16,
+        )
+
+    def dequantize(self, out: Tensor | None = None) -> Tensor:
+        """bf16 [out, in]: the values every other form of this weight is held to."""
+        packed = self.codes.view(-1, 1)
+        result: Tensor = bnb.dequantize_4bit(packed, self.state, out=out)
+        return result
+
+    def to(self, device: torch.device) -> "NF4Weight":
+        return NF4Weight(self.codes.to(device), self.absmax.to(device), self.code.to(device))
+
+
+def quantize(weight: Tensor) -> NF4Weight:
+    """Round a `[out, in]` matrix to bf16 and then to NF4."""
+    codes, state = bnb.quantize_4bit(weight.to(torch.bfloat16).contiguous(), **SETTINGS)
+    return NF4Weight(codes.view(weight.shape[0], -1), state.absmax, state.code)
+
+
+def from_checkpoint(tensors: Mapping[str, Tensor]) -> NF4Weight:
+    """A weight as bitsandbytes saved it; nested absmax is un-nested, codes are kept.
+
+    `tensors` maps "weight", "absmax", "quant_map", ... (prefix removed) to what the file holds.
+    """
+    parts = {name: tensor for name, tensor in tensors.items() if name != "weight"}
+    state = bnb.QuantState.from_dict(parts, device=torch.device("cpu"))
+    if state.quant_type != "nf4" or state.blocksize != BLOCK_SIZE:
+        raise ValueError(
+            f"{state.quant_type} in blocks of {state.blocksize}, not nf4 in blocks of 64"
+        )
+    absmax = state.absmax
+    if state.nested:
+        absmax = bnb.dequantize_blockwise(absmax, state.state2) + state.offset
+    out_features = state.shape[0]
+    return NF4Weight(tensors["weight"].view(out_features, -1), absmax.float(), state.code)
+
+
+def stack(weights: Sequence[NF4Weight]) -> NF4Weight:
+    """Matrices over the same inputs, one above the other, as one weight."""
+    return NF4Weight(
+        torch.cat([w.codes for w in weights]),
+        torch.cat([w.absmax for w in weights]),
+        weights[0].code,
+    )
