@@ -3,7 +3,7 @@
 import argparse
 import sys
 from collections.abc import Callable, Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from typing import TextIO
 
@@ -144,10 +144,8 @@ def _read_line(_: str) -> str:
 
 def _editing_input() -> Callable[[str], str]:
     """input(), with line editing and history where Python was built with them."""
-    try:
+    with suppress(ImportError):
         import readline  # noqa: F401
-    except ImportError:
-        pass
     return input
 
 

@@ -103,7 +103,6 @@ def progress_bar(label: str, out: TextIO) -> Iterator[Callable[[int, int], None]
         return
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-    from rich.text import Text
 
     columns = (
         TextColumn("{task.description}", markup=False),
@@ -112,7 +111,7 @@ def progress_bar(label: str, out: TextIO) -> Iterator[Callable[[int, int], None]
         TransferSpeedColumn(),
     )
     with Progress(*columns, console=Console(file=out), transient=True) as bars:
-        task = bars.add_task(str(Text(printable(label))), total=None)
+        task = bars.add_task(printable(label), total=None)
 
         def show(sent: int, total: int) -> None:
             bars.update(task, completed=sent, total=total)

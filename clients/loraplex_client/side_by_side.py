@@ -12,7 +12,7 @@ from rich.text import Text
 from loraplex_client.render import printable
 
 _NARROWEST = 36  # columns of a panel that can still be read
-_SHORTEST = 3  # lines of a panel: its border and one of text
+_SHORTEST, _TALLEST = 3, 16  # lines of a growing panel, its border included
 _REFRESHES = 12  # a second
 _COLOURS = ("cyan", "magenta", "green", "yellow", "blue", "red")
 
@@ -73,7 +73,9 @@ def _panels(texts: Mapping[str, str], console: Console, height: int | None) -> R
     """As many equal columns as stay readable; `height` is the lines there are, None for no end."""
     num_columns = max(1, min(len(texts), console.width // _NARROWEST))
     num_rows = -(-len(texts) // num_columns)
-    lines = None if height is None else max(_SHORTEST, height // max(1, num_rows)) - 2
+    lines = None
+    if height is not None:
+        lines = max(_SHORTEST, min(_TALLEST, height // max(1, num_rows))) - 2
     width = console.width // num_columns - 4  # without border and padding
     grid = Table.grid(expand=True)
     for _ in range(num_columns):

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +35,8 @@ class ServeConfig:
     listen: Address = Address("127.0.0.1", 50051)
     metrics: Address | None = Address("127.0.0.1", 9464)
     insecure: bool = False
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
     max_rank: int = 64
     max_slots: int = 64
     memory: int | None = None  # bytes of the arena
@@ -73,7 +76,17 @@ def format_size(size: int) -> str:
     return f"{value:.0f} {unit}" if value >= 100 or unit == "B" else f"{value:.1f} {unit}"
 
 
-def user_dir(variable: str, fallback: str) -> Path:
-    """`loraplex` in one of the user's XDG base directories."""
-    base = os.environ.get(variable)
-    return (Path(base) if base else Path.home() / fallback) / "loraplex"
+def cache_dir(environ: Mapping[str, str] = os.environ) -> Path:
+    """Models, compiled ops and whatever else can be made again."""
+    return _xdg(environ, "XDG_CACHE_HOME", ".cache")
+
+
+def data_dir(environ: Mapping[str, str] = os.environ) -> Path:
+    """What must not be lost: the store of uploaded adapters."""
+    return _xdg(environ, "XDG_DATA_HOME", ".local/share")
+
+
+def _xdg(environ: Mapping[str, str], variable: str, fallback: str) -> Path:
+    """`loraplex` in an XDG base directory; a relative one is ignored, as the specification asks."""
+    base = Path(environ.get(variable, ""))
+    return (base if base.is_absolute() else Path.home() / fallback) / "loraplex"

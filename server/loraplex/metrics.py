@@ -148,8 +148,8 @@ class Metrics:
         self._decode.observe(timings.decode)
         self._adapter_wait.observe(timings.adapter_wait)
 
-    def request_ended(self, reason: str) -> None:
-        self._finished.labels(reason).inc()
+    def request_ended(self, outcome: str) -> None:
+        self._finished.labels(outcome).inc()
 
     def rejected(self, reason: str) -> None:
         self._rejected.labels(reason).inc()
@@ -188,17 +188,16 @@ class RequestMeter:
         self._last = now
         self._num_tokens += num_tokens
 
-    def finished(self, reason: str, timings: Timings) -> None:
-        """The request came to its own end."""
+    def finished(self, timings: Timings) -> None:
+        """The request came to its own end; others would only mislead about latency."""
         per_token = None
         if self._first is not None and self._num_tokens > 1:
             per_token = (self._last - self._first) / (self._num_tokens - 1)
         self._metrics.request_finished(self._clock() - self._started, per_token, timings)
-        self._metrics.request_ended(reason)
 
-    def failed(self, reason: str) -> None:
-        """The request was cancelled or ended with an error; its latencies would only mislead."""
-        self._metrics.request_ended(reason)
+    def ended(self, outcome: str) -> None:
+        """A finish reason, "cancelled" or "error"."""
+        self._metrics.request_ended(outcome)
 
 
 def serve_metrics(

@@ -76,7 +76,8 @@ class BlobStore:
             blob = self._blobs[version]
             assert blob.readers > 0
             blob.readers -= 1
-            self._garbage.add(version)
+            if not blob.readers and not blob.names:
+                self._garbage.add(version)
         self._collect()
 
     def link(self, version: str, adapter_id: str) -> None:
@@ -111,7 +112,7 @@ class BlobStore:
             self._garbage.add(version)
         if blob is not None and not blob.damaged:
             for name in files.keys() - blob.files.keys():
-                self._add(version, blob, staged / name, files[name])
+                self._add(version, blob, name, staged / name, files[name])
             return
         target = self.folder(version)
         self._disk.make_folder(target.parent)
@@ -133,8 +134,7 @@ class BlobStore:
         with self.exclusive():
             with self._lock:
                 blob = self._known(version)
-            self._disk.move(source, self.folder(version) / name)
-            self._keep_record(version, blob, {**blob.files, name: file})
+            self._add(version, blob, name, source, file)
 
     def verify(self, version: str) -> None:
         self.retain(version)
@@ -209,9 +209,9 @@ class BlobStore:
             self._garbage.clear()
             return unused
 
-    def _add(self, version: str, blob: Blob, source: Path, file: FileRecord) -> None:
-        self._disk.move(source, self.folder(version) / source.name)
-        self._keep_record(version, blob, {**blob.files, source.name: file})
+    def _add(self, version: str, blob: Blob, name: str, source: Path, file: FileRecord) -> None:
+        self._disk.move(source, self.folder(version) / name)
+        self._keep_record(version, blob, {**blob.files, name: file})
 
     def _keep_record(self, version: str, blob: Blob, files: Mapping[str, FileRecord]) -> None:
         self.write(self.folder(version) / RECORD_NAME, files_bytes(files))

@@ -35,9 +35,8 @@ class Disk:
     """The operations the store is made of, each durable once it returns."""
 
     def make_folder(self, path: Path) -> None:
-        if not path.is_dir():
-            path.mkdir(exist_ok=True)
-            self.sync(path.parent)
+        path.mkdir(exist_ok=True)
+        self.sync(path.parent)
 
     def write(self, path: Path, data: bytes) -> None:
         """A new file that is on disk; its name is, once the folder is synced."""

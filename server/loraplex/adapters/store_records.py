@@ -1,12 +1,11 @@
-"""What the adapter store remembers of a name and of a blob, and how that is written down."""
+"""What the adapter store writes down of a name and of a blob's files, and how."""
 
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from enum import Enum
+from dataclasses import dataclass
+from enum import Enum, StrEnum
 from pathlib import PurePath
-from threading import Lock
 
 from loraplex.adapters.store_files import FileRecord
 from loraplex.errors import InvalidRequestError
@@ -24,7 +23,7 @@ class AdapterState(Enum):
     INCOMPATIBLE = "incompatible"  # stored for another base model
 
 
-class Visibility(Enum):
+class Visibility(StrEnum):
     """Who may name the adapter."""
 
     PRIVATE = "private"
@@ -47,18 +46,6 @@ class AdapterRecord:
     last_used_time: float | None
     owner: str
     base_id: str
-
-
-@dataclass(slots=True)
-class Blob:
-    """One version's folder. All of it changes, under the store's lock."""
-
-    files: dict[str, FileRecord]
-    damaged: bool = False
-    verified: bool = False  # its hashes were checked in this process
-    readers: int = 0
-    names: set[str] = field(default_factory=set)
-    checking: Lock = field(default_factory=Lock)  # held while the files are hashed
 
 
 def is_adapter_id(name: str) -> bool:

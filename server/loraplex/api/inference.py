@@ -1,16 +1,17 @@
 """InferenceService: a request in, its tokens out as they are sampled."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
-from contextlib import aclosing, contextmanager
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from importlib.metadata import version
 
 from loraplex_protos.v1 import inference_pb2 as pb
 
+from loraplex.adapters.store import AdapterRecord, AdapterState
 from loraplex.api.calls import Call
-from loraplex.api.completion import Completion, coalesced
-from loraplex.api.protocols import EngineLike, ModelInfo, StoreLike, TokenizerLike, TokenStream
+from loraplex.api.generation import Generation
+from loraplex.api.protocols import EngineLike, ModelInfo, StoreLike, TokenizerLike
+from loraplex.api.threads import in_thread
 from loraplex.api.validation import (
     chat_messages,
     check_chat,
@@ -19,29 +20,16 @@ from loraplex.api.validation import (
     sampling_params,
     token_budget,
 )
-from loraplex.engine.sequence import (
-    Finished,
-    FinishReason,
-    Sequence,
-    StopParams,
-    Timings,
-    Tokens,
-)
+from loraplex.engine.sequence import Sequence, StopParams
 from loraplex.errors import InvalidRequestError, RequestError
 from loraplex.metrics import Metrics
 
 FEATURES: tuple[str, ...] = ()
 """What of the contract's optional parts works here, by name; GetServerInfo tells it."""
 
-_REASONS = {
-    FinishReason.STOP_TOKEN: pb.FINISH_REASON_STOP_TOKEN,
-    FinishReason.STOP_STRING: pb.FINISH_REASON_STOP_STRING,
-    FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
-}
-
 
 class InferenceServicer:
-    """The methods of InferenceService, behind the boundary that parses and answers errors."""
+    """The service's methods, behind the boundary. Mutable: `_live`, the ids of Generate calls."""
 
     def __init__(
         self,
@@ -56,26 +44,25 @@ class InferenceServicer:
         self._tokenizer = tokenizer
         self._model = model
         self._metrics = metrics
+        self._live: set[str] = set()
 
     async def Generate(
         self, request: pb.GenerateRequest, call: Call
-    ) -> AsyncIterator[pb.GenerateResponse]:
+    ) -> AsyncGenerator[pb.GenerateResponse, None]:
         check_generate(request, self._model)
-        with self._adapter(request.adapter_id) as used:
-            call.note(adapter_id=request.adapter_id or "-")
-            prompt = await self._encode(request)
-            sequence = self._sequence(request, call, prompt, used)
-            call.note(prompt_tokens=len(prompt))
-            generation = _Generation(
-                sequence=sequence,
-                stream=self._engine.submit(sequence),
-                completion=Completion(
-                    self._tokenizer.detokenizer(), sequence.stop, request.stop.stop
-                ),
-            )
-            async with aclosing(self._stream(generation, used, call)) as responses:
-                async for response in responses:
-                    yield response
+        call.note(adapter_id=request.adapter_id or "-")
+        with self._claimed(call.request_id):
+            async with self._adapter(request.adapter_id) as record:
+                prompt = await self._encode(request)
+                generation = Generation(
+                    sequence=self._sequence(request, call, prompt, record),
+                    engine=self._engine,
+                    detokenizer=self._tokenizer.detokenizer(),
+                    stop_strings=request.stop.stop,
+                )
+                async with aclosing(generation.run(call, self._metrics)) as responses:
+                    async for response in responses:
+                        yield response
 
     async def Tokenize(self, request: pb.TokenizeRequest, call: Call) -> pb.TokenizeResponse:
         if request.WhichOneof("prompt") is None:
@@ -111,25 +98,36 @@ class InferenceServicer:
         )
 
     @contextmanager
-    def _adapter(self, adapter_id: str) -> Iterator[pb.UsedAdapter | None]:
+    def _claimed(self, request_id: str) -> Iterator[None]:
+        """The id is this call's until the call has ended, which is later than the engine's end."""
+        if request_id in self._live:
+            raise RequestError(
+                "REQUEST_ID_IN_USE", f"request {request_id} is still running", field="request_id"
+            )
+        self._live.add(request_id)
+        try:
+            yield
+        finally:
+            self._live.discard(request_id)
+
+    @asynccontextmanager
+    async def _adapter(self, adapter_id: str) -> AsyncIterator[AdapterRecord | None]:
         """The version that serves the whole request, kept even if its name goes away meanwhile."""
         if not adapter_id:
             yield None
             return
         record = self._store.get(adapter_id)
-        if record.state != "READY":
-            raise RequestError(
-                "ADAPTER_UNUSABLE", f"adapter {adapter_id} is {record.state}", field="adapter_id"
-            )
+        if record.state is not AdapterState.READY:
+            raise RequestError("ADAPTER_UNUSABLE", f"{adapter_id} is {record.state.value}")
         self._store.retain(record.version)
         try:
             self._store.touch(adapter_id)
-            yield pb.UsedAdapter(adapter_id=adapter_id, version=record.version)
+            yield record
         finally:
-            self._store.release(record.version)
+            await in_thread(self._store.release, record.version)
 
     async def _encode(self, request: pb.GenerateRequest | pb.TokenizeRequest) -> list[int]:
-        """The prompt's token ids. Encoding takes milliseconds to seconds: not on the loop."""
+        """The prompt's token ids; encoding takes up to seconds, so not on the loop."""
         match request.WhichOneof("prompt"):
             case "text":
                 return await asyncio.to_thread(self._tokenizer.encode, request.text)
@@ -139,21 +137,20 @@ class InferenceServicer:
         return list(request.token_ids.ids)
 
     def _encode_chat(self, chat: pb.Chat) -> list[int]:
-        field = "chat.tools_json"
-        tools = json_of(list, chat.tools_json, field) if chat.tools_json else None
-        field = "chat.template_kwargs_json"
-        kwargs = (
-            json_of(dict, chat.template_kwargs_json, field) if chat.template_kwargs_json else {}
-        )
-        prompt = chat.add_generation_prompt if chat.HasField("add_generation_prompt") else True
-        return self._tokenizer.encode_chat(chat_messages(chat), tools, kwargs, prompt)
+        tools = kwargs = None
+        if chat.tools_json:
+            tools = json_of(list, chat.tools_json, "chat.tools_json")
+        if chat.template_kwargs_json:
+            kwargs = json_of(dict, chat.template_kwargs_json, "chat.template_kwargs_json")
+        wanted = chat.add_generation_prompt or not chat.HasField("add_generation_prompt")
+        return self._tokenizer.encode_chat(chat_messages(chat), tools, kwargs, wanted)
 
     def _sequence(
         self,
         request: pb.GenerateRequest,
         call: Call,
         prompt: list[int],
-        used: pb.UsedAdapter | None,
+        record: AdapterRecord | None,
     ) -> Sequence:
         if not prompt:
             raise InvalidRequestError("prompt", "holds no token")
@@ -167,64 +164,6 @@ class InferenceServicer:
                 min_tokens=request.stop.min_tokens,
                 stop_token_ids=eos | frozenset(request.stop.stop_token_ids),
             ),
-            digest=used.version if used else None,
+            digest=record.version if record else None,
+            adapter_id=request.adapter_id,
         )
-
-    async def _stream(
-        self, generation: "_Generation", used: pb.UsedAdapter | None, call: Call
-    ) -> AsyncIterator[pb.GenerateResponse]:
-        """Started, Deltas, Finished; however it ends, the engine lets go of the sequence."""
-        num_prompt = len(generation.sequence.prompt_token_ids)
-        meter = self._metrics.request(num_prompt, call.started)
-        outcome = "cancelled"
-        try:
-            yield pb.GenerateResponse(
-                started=pb.Started(
-                    request_id=call.request_id,
-                    adapters=[used] if used else [],
-                    prompt_tokens=num_prompt,
-                )
-            )
-            async with aclosing(generation.deltas(self._engine)) as deltas:
-                async for delta in deltas:
-                    meter.tokens(len(delta.token_ids))
-                    yield pb.GenerateResponse(delta=delta)
-            assert generation.end is not None
-            outcome = generation.end.reason.value
-            meter.finished(generation.end.timings)
-            yield pb.GenerateResponse(finished=generation.finished())
-        except Exception:
-            outcome = "error"
-            raise
-        finally:
-            if generation.running:
-                self._engine.abort(call.request_id)
-            self._metrics.request_ended(outcome)
-            call.note(completion_tokens=generation.completion.num_tokens, outcome=outcome)
-
-
-@dataclass(slots=True)
-class _Generation:
-    """One sequence on its way out. `running`: the engine still works on it."""
-
-    sequence: Sequence
-    stream: TokenStream
-    completion: Completion
-    running: bool = True
-    end: Finished | None = None
-
-    async def deltas(self, engine: EngineLike) -> AsyncIterator[pb.Delta]:
-        """Everything the client gets of the output; sets `end`."""
-        async with aclosing(coalesced(aiter(self.stream))) as events:
-            async for event in events:
-                if isinstance(event, Finished):
-                    self._finish(event)
-                    break
-                delta = self.completion.push(event)
-                if self.completion.matched is not None:
-                    engine.abort(self.sequence.request_id)
-                    self._finish_matched()
-                yield delta
-                if not self.running:
-                    return
-        ...

@@ -8,7 +8,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeAlias
 
 import grpc
 from google.protobuf.message import Message
@@ -23,11 +23,20 @@ from loraplex.metrics import Metrics
 
 _LOG = logging.getLogger(__name__)
 
-Context = grpc.aio.ServicerContext[Any, Any]
-Handler = grpc.RpcMethodHandler[Any, Any]
+_SERVER_STREAM = (False, True)
+_TYPES = {
+    (False, False): "unary",
+    (True, False): "client_stream",
+    _SERVER_STREAM: "server_stream",
+    (True, True): "bidi_stream",
+}
+"""(request streams, response streams) as go-grpc-prometheus calls them."""
+
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 
 
-class Boundary(grpc.aio.ServerInterceptor[Any, Any]):
+class Boundary(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     """Wraps the handlers of our own services; health and reflection pass as they are."""
 
     def __init__(self, services: frozenset[str], calls: Calls, metrics: Metrics) -> None:
@@ -61,21 +70,23 @@ class _Rpc:
     ) -> None:
         self._service = service
         self._method = method
-        self._handler = handler
+        self._deserialize: Any = handler.request_deserializer
+        self._handle: Any = handler.unary_unary or handler.unary_stream or handler.stream_unary
+        self._streams = (handler.request_streaming, handler.response_streaming)
         self._calls = calls
         self._metrics = metrics
 
     async def unary_unary(self, data: bytes, context: Context) -> Message:
         async with self._answered(context) as call:
             request = self._parsed(data, context, call)
-            response: Message = await self._handler.unary_unary(request, call)
+            response: Message = await self._handle(request, call)
             await _open(context, call)
             return response
 
     async def unary_stream(self, data: bytes, context: Context) -> None:
         async with self._answered(context) as call:
             request = self._parsed(data, context, call)
-            async with aclosing(self._handler.unary_stream(request, call)) as responses:
+            async with aclosing(self._handle(request, call)) as responses:
                 async for response in responses:
                     await _open(context, call)
                     await context.write(response)
@@ -84,7 +95,7 @@ class _Rpc:
         async with self._answered(context) as call:
             requests = self._each_parsed(stream, context, call)
             async with aclosing(requests):
-                response: Message = await self._handler.stream_unary(requests, call)
+                response: Message = await self._handle(requests, call)
             await _open(context, call)
             return response
 
@@ -95,7 +106,7 @@ class _Rpc:
             yield self._parsed(data, context, call)
 
     def _parsed(self, data: bytes, context: Context, call: Call) -> Message:
-        message = parse(self._handler.request_deserializer, data)
+        message: Message = parse(self._deserialize, data)
         if is_request_id(request_id := getattr(message, "request_id", "")):
             call.request_id = request_id
         check_routing(message, context.invocation_metadata() or ())
@@ -116,10 +127,10 @@ class _Rpc:
                 code = _cancel_code(context)
                 raise
             code = error.code
-            if not call.opened and self._handler.unary_stream is not None:
+            if not call.opened and self._streams == _SERVER_STREAM:
                 self._metrics.rejected(error.reason.name)
             call.note(reason=error.reason.name)
-            await _abort(context, error)
+            await _abort(context, error, call)
         finally:
             self._calls.leave(call)
             self._report(call, code)
@@ -127,8 +138,7 @@ class _Rpc:
     def _as_request_error(self, raised: BaseException, call: Call) -> RequestError | None:
         """The answer to what was raised; None where nobody is left to hear one."""
         match raised:
-            case RequestError():
-                raised.metadata["request_id"] = call.request_id
+            case RequestError() if raised.reason.name != "INTERNAL":
                 return raised
             case asyncio.CancelledError():
                 return draining() if self._calls.was_expelled(call) else None
@@ -137,16 +147,11 @@ class _Rpc:
         _LOG.error(
             "internal error request_id=%s method=%s", call.request_id, self._method, exc_info=raised
         )
-        return RequestError(
-            "INTERNAL",
-            f"internal error (request_id {call.request_id})",
-            metadata={"request_id": call.request_id},
-        )
+        return RequestError("INTERNAL", f"internal error (request_id {call.request_id})")
 
     def _report(self, call: Call, code: StatusCode) -> None:
         label = code_label(code)
-        sides = (self._handler.request_streaming, self._handler.response_streaming)
-        self._metrics.handled(_TYPES[sides], self._service, self._method, label)
+        self._metrics.handled(_TYPES[self._streams], self._service, self._method, label)
         if self._method == "UploadAdapter":
             self._metrics.upload(label)
         facts = "".join(f" {key}={value}" for key, value in call.facts.items())
@@ -156,14 +161,6 @@ class _Rpc:
         )
 
 
-_TYPES = {
-    (False, False): "unary",
-    (True, False): "client_stream",
-    (False, True): "server_stream",
-    (True, True): "bidi_stream",
-}
-
-
 async def _open(context: Context, call: Call) -> None:
     """Headers go out with the first answer, not before: an error alone can still be retried."""
     if not call.opened:
@@ -171,8 +168,8 @@ async def _open(context: Context, call: Call) -> None:
         call.opened = True
 
 
-async def _abort(context: Context, error: RequestError) -> NoReturn:
-    status = status_of(error)
+async def _abort(context: Context, error: RequestError, call: Call) -> NoReturn:
+    status = status_of(error, call.request_id)
     await context.abort(status.code, status.details, status.trailing_metadata)
 
 

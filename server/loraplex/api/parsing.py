@@ -25,8 +25,9 @@ def parse(deserialize: Callable[[bytes], M], data: bytes) -> M:
 
 
 def _refuse_unknown_fields(message: Message, path: str) -> None:
-    for unknown in UnknownFieldSet(message):
-        field = f"{path}{unknown.field_number}"
+    unknown = UnknownFieldSet(message)
+    if len(unknown):
+        field = f"{path}{unknown[0].field_number}"
         raise RequestError("UNKNOWN_FIELD", f"field number {field} is not known", field=field)
     for descriptor, value in message.ListFields():
         if descriptor.type != FieldDescriptor.TYPE_MESSAGE:

@@ -63,7 +63,7 @@ class EngineLike(Protocol):
 
 
 class StoreLike(Protocol):
-    """Adapters on disk. `begin` and `delete` write, the others answer from memory."""
+    """Adapters on disk. `begin`, `delete` and `release` may wait for it, the others do not."""
 
     def get(self, adapter_id: str) -> AdapterRecord: ...
 
@@ -112,7 +112,7 @@ class TokenizerLike(Protocol):
         self,
         messages: Seq[Mapping[str, Any]],
         tools: list[Any] | None,
-        template_kwargs: Mapping[str, Any],
+        template_kwargs: Mapping[str, Any] | None,
         add_generation_prompt: bool,
     ) -> list[int]: ...
 

@@ -15,10 +15,11 @@ _MAX_MESSAGE_BYTES = 1024
 _MAX_FACT_BYTES = 256
 
 
-def status_of(error: RequestError) -> Status:
+def status_of(error: RequestError, request_id: str) -> Status:
     """`error` with ErrorInfo, and BadRequest or RetryInfo where it has something to say."""
     message = clip(error.message, _MAX_MESSAGE_BYTES)
-    facts = {key: clip(value, _MAX_FACT_BYTES) for key, value in error.metadata.items()}
+    facts = {**error.metadata, "request_id": request_id}
+    facts = {key: clip(value, _MAX_FACT_BYTES) for key, value in facts.items()}
     details: list[Message] = [
         error_details_pb2.ErrorInfo(reason=error.reason.name, domain=DOMAIN, metadata=facts)
     ]

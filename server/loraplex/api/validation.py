@@ -11,6 +11,7 @@ from typing import Any
 
 from loraplex_protos.v1 import inference_pb2 as pb
 
+from loraplex.adapters.store import validate_adapter_id
 from loraplex.api.protocols import ModelInfo
 from loraplex.engine.sequence import SamplingParams
 from loraplex.errors import InvalidRequestError, RequestError, not_implemented
@@ -20,7 +21,6 @@ MAX_STOP_BYTES = 256
 MAX_LOGPROBS = 20
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_ADAPTER_ID = re.compile(r"[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?")
 
 # NaN fails every comparison, so each test is of what is allowed.
 _SAMPLING: Mapping[str, tuple[Callable[[float], bool], str]] = {
@@ -36,15 +36,6 @@ _SAMPLING: Mapping[str, tuple[Callable[[float], bool], str]] = {
 
 def is_request_id(text: str) -> bool:
     return _REQUEST_ID.fullmatch(text) is not None
-
-
-def check_adapter_id(adapter_id: str, field: str = "adapter_id") -> None:
-    if _ADAPTER_ID.fullmatch(adapter_id) is None or ".." in adapter_id:
-        raise InvalidRequestError(
-            field,
-            "must be 1 to 63 of a-z, 0-9, '.', '_' and '-', begin and end with a letter or digit, "
-            "and not hold '..'",
-        )
 
 
 def check_upload_id(upload_id: str, field: str) -> None:
@@ -66,7 +57,7 @@ def check_generate(request: pb.GenerateRequest, model: ModelInfo) -> None:
         if getattr(request, field):
             raise not_implemented(field)
     if request.adapter_id:
-        check_adapter_id(request.adapter_id)
+        validate_adapter_id(request.adapter_id)
     _check_prompt(request, model)
     _check_sampling(request.sampling)
     _check_stop(request.stop, model)

@@ -128,7 +128,7 @@ def read_model_config(folder: Path) -> ModelConfig:
         head_dim=_integer(raw, "head_dim", _integer(raw, "hidden_size") // num_heads),
         vocab_size=_integer(raw, "vocab_size"),
         context_length=_integer(raw, "max_position_embeddings", 2048),
-        rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+        rms_norm_eps=_number(raw, "rms_norm_eps", 1e-6),
         tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
         attention_bias=bool(raw.get("attention_bias", False)),
         mlp_bias=bool(raw.get("mlp_bias", False)),
@@ -161,26 +161,35 @@ def _integer(raw: Mapping[str, Any], key: str, default: int | None = None) -> in
     return value
 
 
+def _number(raw: Mapping[str, Any], key: str, default: float | None = None) -> float:
+    value = raw.get(key)
+    if value is None and default is not None:
+        return default
+    if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+        raise ModelError(f"config.json: {key} must be a positive number, not {value!r}")
+    return float(value)
+
+
 def _rope(raw: Mapping[str, Any]) -> Rope:
     """Both spellings: `rope_theta` with `rope_scaling`, and the newer `rope_parameters`."""
-    parameters = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    theta = float(parameters.get("rope_theta", raw.get("rope_theta", 10000.0)))
+    key = "rope_parameters" if raw.get("rope_parameters") else "rope_scaling"
+    parameters = raw.get(key) or {}
+    if not isinstance(parameters, dict):
+        raise ModelError(f"config.json: {key} must be an object, not {parameters!r}")
+    theta = _number(parameters, "rope_theta", _number(raw, "rope_theta", 10000.0))
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if kind == "default":
         return Rope(theta)
     if kind == "linear":
-        return Rope(theta, linear_factor=float(parameters["factor"]))
+        return Rope(theta, linear_factor=_number(parameters, "factor"))
     if kind != "llama3":
         raise ModelError(
             f"config.json: rope type {kind!r} is not supported (default, linear, llama3)"
         )
-    try:
-        llama3 = Llama3Rope(
-            factor=float(parameters["factor"]),
-            low_freq_factor=float(parameters["low_freq_factor"]),
-            high_freq_factor=float(parameters["high_freq_factor"]),
-            original_max_position=int(parameters["original_max_position_embeddings"]),
-        )
-    except KeyError as error:
-        raise ModelError(f"config.json: llama3 rope scaling lacks {error}") from None
+    llama3 = Llama3Rope(
+        factor=_number(parameters, "factor"),
+        low_freq_factor=_number(parameters, "low_freq_factor"),
+        high_freq_factor=_number(parameters, "high_freq_factor"),
+        original_max_position=_integer(parameters, "original_max_position_embeddings"),
+    )
     return Rope(theta, llama3=llama3)

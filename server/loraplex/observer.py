@@ -1,0 +1,45 @@
+"""What the engine tells of its steps, as metrics and as the step-by-step record."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TextIO
+
+from loraplex.engine.engine import EngineState, StepRecord
+from loraplex.errors import RequestError
+from loraplex.metrics import Metrics
+
+
+class StepLog:
+    """One JSON line a forward pass: who shared it, with which adapter versions, how many tokens."""
+
+    def __init__(self, path: Path) -> None:
+        self._file: TextIO = path.open("w", encoding="utf-8", buffering=1)
+
+    def write(self, record: StepRecord) -> None:
+        self._file.write(json.dumps(asdict(record)) + "\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class EngineObserver:
+    """Feeds metrics, and the step log where one was asked for."""
+
+    def __init__(self, metrics: Metrics, step_log: StepLog | None) -> None:
+        self._metrics = metrics
+        self._step_log = step_log
+
+    def on_step(self, record: StepRecord) -> None:
+        distinct = {digest for digest in record.digests if digest is not None}
+        self._metrics.observe_step(record.duration, len(record.digests), len(distinct))
+        if self._step_log is not None:
+            self._step_log.write(record)
+
+    def on_state(self, state: EngineState) -> None:
+        self._metrics.set_load(state.num_running, state.num_waiting)
+        self._metrics.set_memory(state.kv_blocks, state.adapter_blocks, state.free_blocks)
+        self._metrics.set_adapters_resident(state.resident_adapters)
+
+    def on_load(self, digest: str, seconds: float, error: RequestError | None) -> None:
+        self._metrics.adapter_load("ok" if error is None else error.reason.name, seconds)

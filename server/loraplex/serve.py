@@ -1,0 +1,142 @@
+"""`loraplex serve`: build every part, hand each what it needs, run until told to stop."""
+
+import asyncio
+import logging
+import signal
+import sys
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+
+import grpc
+from prometheus_client import CollectorRegistry
+
+from loraplex.adapters.loader import AdapterLoader
+from loraplex.adapters.packing import PackedAdapter
+from loraplex.adapters.publisher import Publisher
+from loraplex.adapters.store import AdapterStore
+from loraplex.api.server import ApiServer
+from loraplex.config import Address, ServeConfig, format_size
+from loraplex.engine.engine import Engine, EngineConfig
+from loraplex.errors import StartupError
+from loraplex.metrics import Metrics, serve_metrics
+from loraplex.observer import EngineObserver, StepLog
+from loraplex.startup import (
+    Base,
+    Memory,
+    build_runner,
+    build_scheduler,
+    describe,
+    layout_of,
+    load_base,
+    model_info,
+    plan_memory,
+)
+
+log = logging.getLogger(__name__)
+
+
+def serve(config: ServeConfig) -> int:
+    """Blocks until SIGINT or SIGTERM; 0 after a clean end, 130 after Ctrl-C."""
+    base = load_base(config)
+    memory = plan_memory(config, base)
+    log.info(
+        "memory: %d blocks of %s, %d tokens of KV each; context %d",
+        memory.num_blocks,
+        format_size(memory.block.size),
+        memory.block.tokens,
+        base.config.context_length,
+    )
+    return asyncio.run(_serve(config, base, memory))
+
+
+async def _serve(config: ServeConfig, base: Base, memory: Memory) -> int:
+    stopped = _on_signals()
+    async with AsyncExitStack() as stack:
+        bound = await stack.enter_async_context(_running(config, base, memory))
+        listen = Address(config.listen.host, bound)
+        print(f"loraplex: serving {base.name} on {listen} ({describe(base, memory)})", flush=True)
+        received = await stopped
+        log.info("%s: finishing what runs, then stopping", received.name)
+    return 130 if received is signal.SIGINT else 0
+
+
+def _on_signals() -> "asyncio.Future[signal.Signals]":
+    """The first signal to stop; a second one ends the process at once."""
+    loop = asyncio.get_running_loop()
+    stopped: asyncio.Future[signal.Signals] = loop.create_future()
+
+    def stop(received: signal.Signals) -> None:
+        if stopped.done():
+            sys.stderr.write("loraplex: stopped at once\n")
+            # A running forward pass cannot be interrupted, and nothing is half-written on disk.
+            signal.signal(received, signal.SIG_DFL)
+            signal.raise_signal(received)
+        stopped.set_result(received)
+
+    for wanted in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(wanted, stop, wanted)
+    return stopped
+
+
+@asynccontextmanager
+async def _running(config: ServeConfig, base: Base, memory: Memory) -> AsyncIterator[int]:
+    """The whole server; yields the port. Leaves nothing running and the store closed."""
+    registry = CollectorRegistry()
+    metrics = Metrics(registry, base.name)
+    async with AsyncExitStack() as stack:
+        store = AdapterStore.open(config.store, base.identity, config.max_adapter_bytes)
+        stack.callback(store.close)
+        loader = AdapterLoader(store, base.linears, layout_of(base, memory), config.max_rank)
+        stack.callback(loader.close)
+        engine = _start_engine(config, base, memory, loader, metrics, stack)
+        stack.push_async_callback(engine.stop)
+        publisher = Publisher(store, loader, base.linears, base.identity, config.max_rank)
+        info = model_info(config, base, memory)
+        api = ApiServer(engine, store, publisher, base.tokenizer, info, metrics)
+        if config.metrics is not None:
+            port, stop = serve_metrics(config.metrics.host, config.metrics.port, registry)
+            stack.callback(stop)
+            log.info("metrics on http://%s/metrics", Address(config.metrics.host, port))
+        bound = await api.start(
+            config.listen.host,
+            config.listen.port,
+            credentials=_credentials(config.tls_cert, config.tls_key),
+            insecure=config.insecure,
+        )
+        stack.push_async_callback(api.drain, config.drain_seconds)
+        yield bound
+
+
+def _start_engine(
+    config: ServeConfig,
+    base: Base,
+    memory: Memory,
+    loader: AdapterLoader,
+    metrics: Metrics,
+    stack: AsyncExitStack,
+) -> Engine[PackedAdapter]:
+    step_log = None
+    if config.step_log is not None:
+        step_log = StepLog(config.step_log)
+        stack.callback(step_log.close)
+    engine = Engine(
+        build_scheduler(config, memory),
+        build_runner(config, base, memory),
+        loader,
+        EngineObserver(metrics, step_log),
+        EngineConfig(max_live=config.max_running + config.max_waiting),
+    )
+    engine.start()
+    return engine
+
+
+def _credentials(cert: Path | None, key: Path | None) -> grpc.ServerCredentials | None:
+    if cert is None and key is None:
+        return None
+    if cert is None or key is None:
+        raise StartupError("--tls-cert and --tls-key go together")
+    try:
+        return grpc.ssl_server_credentials([(key.read_bytes(), cert.read_bytes())])
+    except OSError as error:
+        raise StartupError(f"{error.filename}: {error.strerror}") from None

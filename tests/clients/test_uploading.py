@@ -1,0 +1,167 @@
+"""Uploads that do not go straight through: early answers, broken streams, files that fail."""
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import pytest
+from loraplex_client import (
+    AdapterFolderError,
+    AlreadyExists,
+    AsyncClient,
+    Client,
+    DeadlineExceeded,
+    RetryPolicy,
+    Unavailable,
+    UploadResult,
+)
+from loraplex_client.upload import Progress
+from loraplex_protos.v1 import adapters_pb2
+
+if TYPE_CHECKING:
+    from tests.clients.conftest import CuttingProxy, FakeServer
+
+MakeAdapter = Callable[..., Path]
+Send = Callable[..., UploadResult]
+
+_AT_ONCE = RetryPolicy(delays=(0.01, 0.3, 0.6))
+_LARGE = 24 << 20  # more than the windows of a loopback connection hold
+
+
+def _sync(
+    target: str, path: Path, progress: Progress | None = None, timeout: float | None = 60
+) -> UploadResult:
+    with Client(target, retry=_AT_ONCE) as client:
+        return client.upload_adapter("a", path, progress=progress, timeout=timeout)
+
+
+def _async(
+    target: str, path: Path, progress: Progress | None = None, timeout: float | None = 60
+) -> UploadResult:
+    async def main() -> UploadResult:
+        async with AsyncClient(target, retry=_AT_ONCE) as client:
+            return await client.upload_adapter("a", path, progress=progress, timeout=timeout)
+
+    return asyncio.run(main())
+
+
+@pytest.fixture(params=[_sync, _async], ids=["sync", "async"])
+def send(request: pytest.FixtureRequest) -> Send:
+    made: Send = request.param
+    return made
+
+
+def _first(server: "FakeServer", requests: Iterator[Any], context: Any) -> Any:
+    """Reads the header alone."""
+    header = next(requests).header
+    server.saw("UploadAdapter", header, context)
+    return header
+
+
+def test_an_early_ok(server: "FakeServer", send: Send, make_adapter: MakeAdapter) -> None:
+    def answer_early(server: "FakeServer", requests: Iterator[Any], context: Any) -> Any:
+        header = _first(server, requests, context)
+        return adapters_pb2.UploadAdapterResponse(adapter=server.store(header, b""))
+
+    server.upload = answer_early
+    result = send(server.target, make_adapter(_LARGE))
+    assert (result.created, result.adapter.adapter_id) == (False, "a")
+
+
+def test_an_early_refusal_is_final(
+    server: "FakeServer", send: Send, make_adapter: MakeAdapter
+) -> None:
+    def refuse_early(server: "FakeServer", requests: Iterator[Any], context: Any) -> Any:
+        _first(server, requests, context)
+        context.abort(grpc.StatusCode.ALREADY_EXISTS, "the name holds other content")
+
+    server.upload = refuse_early
+    with pytest.raises(AlreadyExists, match="other content"):
+        send(server.target, make_adapter(_LARGE))
+    assert len(server.calls) == 1
+
+
+@pytest.mark.parametrize("limit", [100_000, 10 << 20])
+def test_a_broken_connection_starts_again(
+    server: "FakeServer",
+    send: Send,
+    make_adapter: MakeAdapter,
+    cutting_proxy: Callable[..., "CuttingProxy"],
+    limit: int,
+) -> None:
+    proxy = cutting_proxy(server.target, cuts=2, limit=limit)
+    folder = make_adapter(_LARGE)
+    seen: list[int] = []
+    assert send(proxy.target, folder, lambda sent, total: seen.append(sent)).created
+    assert proxy.connections == 3
+    assert server.weights["a"] == (folder / "adapter_model.safetensors").read_bytes()
+    assert seen.count(0) >= 2
+    assert seen[-1] == _LARGE
+    headers = [call.request for call in server.calls]
+    assert len({header.upload_id for header in headers}) == 1
+    assert {header.resume_offset for header in headers} == {0}
+
+
+def test_tries_are_bounded(
+    server: "FakeServer",
+    send: Send,
+    make_adapter: MakeAdapter,
+    cutting_proxy: Callable[..., "CuttingProxy"],
+) -> None:
+    proxy = cutting_proxy(server.target, cuts=100, limit=1 << 20)
+    with pytest.raises(Unavailable, match="the connection to"):
+        send(proxy.target, make_adapter(_LARGE))
+    assert proxy.connections == 4
+    assert server.weights == {}
+
+
+def test_the_timeout_holds_for_all_tries_together(
+    server: "FakeServer", send: Send, make_adapter: MakeAdapter
+) -> None:
+    def stall(server: "FakeServer", requests: Iterator[Any], context: Any) -> Any:
+        _first(server, requests, context)
+        gone = threading.Event()
+        context.add_callback(gone.set)
+        gone.wait(10)
+
+    server.upload = stall
+    start = time.monotonic()
+    with pytest.raises(DeadlineExceeded):
+        send(server.target, make_adapter(10), timeout=0.5)
+    assert time.monotonic() - start < 5
+
+
+def test_a_callback_that_fails_ends_the_upload_with_its_own_error(
+    server: "FakeServer", send: Send, make_adapter: MakeAdapter
+) -> None:
+    def progress(sent: int, total: int) -> None:
+        raise ZeroDivisionError("mine")
+
+    with pytest.raises(ZeroDivisionError, match="mine"):
+        send(server.target, make_adapter(_LARGE), progress)
+    assert server.weights == {}
+
+
+def test_a_file_that_shrinks_is_not_published(
+    server: "FakeServer", send: Send, make_adapter: MakeAdapter
+) -> None:
+    folder = make_adapter(_LARGE)
+
+    def shrink(sent: int, total: int) -> None:
+        (folder / "adapter_model.safetensors").write_bytes(b"")
+
+    with pytest.raises(AdapterFolderError, match="shrank"):
+        send(server.target, folder, shrink)
+    assert server.weights == {}
+
+
+def test_a_folder_that_is_no_adapter_is_never_sent(
+    server: "FakeServer", send: Send, tmp_path: Path
+) -> None:
+    with pytest.raises(AdapterFolderError):
+        send(server.target, tmp_path / "nothing")
+    assert server.calls == []
