@@ -1,1 +1,64 @@
+# Everything a newcomer needs: `make demo` and `make test`. `make help` lists the rest.
+
 PYTHON ?= python3
+# cpu: the torch that constraints.txt pins. cuda: the newest that pyproject.toml accepts.
+TORCH ?= cpu
+# An extra package index for torch's own builds, where the default one has only CUDA's.
+TORCH_INDEX ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.setup-$(TORCH)
+CODE := server/loraplex kernels/loraplex_kernels clients/loraplex_client
+PROTOS := $(wildcard protos/loraplex_protos/v1/*.proto)
+
+ifeq ($(TORCH),cuda)
+CONSTRAINTS := $(VENV)/constraints-cuda.txt
+else
+CONSTRAINTS := constraints.txt
+endif
+
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.PHONY: help setup demo test check format bench train protos proto-lint docker clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+
+setup: $(STAMP) ## make .venv with everything for running, testing and developing
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	grep -v '^torch==' constraints.txt > $(VENV)/constraints-cuda.txt
+	$(BIN)/python -m pip install --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) \
+	    -c $(CONSTRAINTS) -e '.[server,test,dev]'
+	rm -f $(VENV)/.setup-*
+	touch $@
+
+demo: setup ## start a server, upload the example adapters, ask all of them at once
+	$(BIN)/loraplex demo
+
+test: check ## the whole suite
+	$(BIN)/python -m pytest
+
+check: setup ## lint, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy $(CODE) benchmarks tests
+
+format: setup ## let ruff rewrite what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup ## tokens a second, mixed adapters, beside transformers + PEFT
+	$(BIN)/python benchmarks/serving.py
+
+train: setup ## train the example adapters anew
+	$(BIN)/python benchmarks/train_adapters.py
+
+docker: ## build the image
+	docker build $(if $(TORCH_INDEX),--build-arg TORCH_INDEX=$(TORCH_INDEX)) -t loraplex .
+
+clean: ## remove what the targets made, but not the caches in your home
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

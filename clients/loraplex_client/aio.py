@@ -11,8 +11,9 @@ import grpc
 from loraplex_protos.v1 import adapters_pb2, inference_pb2
 
 from loraplex_client import wire
-from loraplex_client.channel import OPTIONS, Tls, checked_token, credentials, stubs
+from loraplex_client.channel import Tls, async_channel, checked_token, stubs, sync_channel
 from loraplex_client.errors import LoraplexError, from_rpc_error
+from loraplex_client.transfer import Transfer
 from loraplex_client.upload import (
     DEFAULT_RETRY,
     Deadline,
@@ -27,8 +28,9 @@ from loraplex_client.wire import ChatOptions, GenerateOptions, Message
 
 
 class AsyncClient:
-    """One channel to one server, for any number of tasks; an async context manager.
+    """One channel to one server, for any number of tasks (and one more for uploads).
 
+    An async context manager.
     Make it inside the running event loop that uses it. `timeout` is in seconds, for the whole
     call; None waits for as long as it takes.
     """
@@ -44,13 +46,10 @@ class AsyncClient:
         self._target = target
         self._token = checked_token(token)
         self._retry = retry
-        secrets = credentials(tls)
-        self._channel = (
-            grpc.aio.insecure_channel(target, OPTIONS)
-            if secrets is None
-            else grpc.aio.secure_channel(target, secrets, OPTIONS)
-        )
+        self._channel = async_channel(target, tls)
+        self._upload_channel = sync_channel(target, tls)
         self._inference, self._adapters = stubs(self._channel)
+        _, self._uploads = stubs(self._upload_channel)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self._target}>"
@@ -68,6 +67,7 @@ class AsyncClient:
 
     async def close(self) -> None:
         """Ends the connection and every call on it."""
+        self._upload_channel.close()
         await self._channel.close(None)
 
     def stream(
@@ -167,18 +167,30 @@ class AsyncClient:
     async def _send(
         self, upload: Upload, progress: Progress | None, timeout: float | None
     ) -> UploadResult:
-        """One try. A write that fails says nothing of why: the call itself does."""
-        call = self._adapters.UploadAdapter(
-            timeout=timeout, metadata=wire.metadata(self._token, upload.header.adapter_id)
-        )
+        """One try, on gRPC's threads: `transfer` says why."""
+        loop, finished = asyncio.get_running_loop(), asyncio.Event()
+
+        def report(sent: int, total: int) -> None:
+            loop.call_soon_threadsafe(call_progress, sent, total)
+
+        def call_progress(sent: int, total: int) -> None:
+            try:
+                if progress is not None:
+                    progress(sent, total)
+            except Exception as error:
+                transfer.fail(error)
+
+        def finish(_: object) -> None:
+            with suppress(RuntimeError):  # a cancelled upload may end after its event loop
+                loop.call_soon_threadsafe(finished.set)
+
+        transfer = Transfer(self._uploads, self._target, self._token, upload, report, timeout)
+        transfer.call.add_done_callback(finish)
         try:
-            with suppress(asyncio.InvalidStateError, grpc.RpcError):  # answered early, or broken
-                await _feed(call, upload, progress)
-            return wire.upload_result_of(await call)
-        except grpc.RpcError as error:
-            raise from_rpc_error(error, self._target) from error
+            await finished.wait()
+            return transfer.result()
         finally:
-            call.cancel()
+            transfer.call.cancel()
 
     async def get_adapter(self, adapter_id: str, *, timeout: float | None = None) -> Adapter:
         request = adapters_pb2.GetAdapterRequest(adapter_id=adapter_id)
@@ -229,16 +241,3 @@ class AsyncClient:
             )
         except grpc.RpcError as error:
             raise from_rpc_error(error, self._target) from error
-
-
-async def _feed(call: Any, upload: Upload, progress: Progress | None) -> None:
-    requests = upload.requests()
-    while True:
-        request = await asyncio.to_thread(next, requests, None)
-        if request is None:
-            break
-        await call.write(request)
-        sent = sent_bytes(request)
-        if progress is not None and sent is not None:
-            progress(sent, upload.total_size)
-    await call.done_writing()

@@ -10,13 +10,27 @@ Tls = bool | str | Path | grpc.ChannelCredentials | None
 """None or False: no TLS. True: the usual roots. A path: a PEM file of roots to trust instead."""
 
 # A server that restarts is found again in seconds; gRPC's own default backs off for two minutes.
-OPTIONS = (
+_OPTIONS = (
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.max_reconnect_backoff_ms", 2_000),
 )
 
 
-def credentials(tls: Tls) -> grpc.ChannelCredentials | None:
+def sync_channel(target: str, tls: Tls) -> grpc.Channel:
+    secrets = _credentials(tls)
+    if secrets is None:
+        return grpc.insecure_channel(target, _OPTIONS)
+    return grpc.secure_channel(target, secrets, _OPTIONS)
+
+
+def async_channel(target: str, tls: Tls) -> grpc.aio.Channel:
+    secrets = _credentials(tls)
+    if secrets is None:
+        return grpc.aio.insecure_channel(target, _OPTIONS)
+    return grpc.aio.secure_channel(target, secrets, _OPTIONS)
+
+
+def _credentials(tls: Tls) -> grpc.ChannelCredentials | None:
     """None: plain text."""
     if tls is None or tls is False:
         return None

@@ -17,8 +17,9 @@ import grpc
 from loraplex_protos.v1 import adapters_pb2, inference_pb2
 
 from loraplex_client import wire
-from loraplex_client.channel import OPTIONS, Tls, checked_token, credentials, stubs
+from loraplex_client.channel import Tls, checked_token, stubs, sync_channel
 from loraplex_client.errors import LoraplexError, from_rpc_error
+from loraplex_client.transfer import Transfer
 from loraplex_client.upload import (
     DEFAULT_RETRY,
     Deadline,
@@ -49,12 +50,7 @@ class Client:
         self._target = target
         self._token = checked_token(token)
         self._retry = retry
-        secrets = credentials(tls)
-        self._channel = (
-            grpc.insecure_channel(target, OPTIONS)
-            if secrets is None
-            else grpc.secure_channel(target, secrets, OPTIONS)
-        )
+        self._channel = sync_channel(target, tls)
         self._inference, self._adapters = stubs(self._channel)
 
     def __repr__(self) -> str:
@@ -158,34 +154,20 @@ class Client:
         failures = 0
         while True:
             try:
-                return self._send(upload, progress, deadline.remaining())
+                return Transfer(
+                    self._adapters,
+                    self._target,
+                    self._token,
+                    upload,
+                    progress,
+                    deadline.remaining(),
+                ).result()
             except LoraplexError as error:
                 failures += 1
                 delay = self._retry.delay(failures, error, deadline.remaining())
                 if delay is None:
                     raise
             time.sleep(delay)
-
-    def _send(
-        self, upload: Upload, progress: Progress | None, timeout: float | None
-    ) -> UploadResult:
-        """One try. The server may answer before all was sent; gRPC then stops asking for more."""
-        broken: list[Exception] = []
-        call = self._adapters.UploadAdapter.future(
-            _feed(upload, progress, broken),
-            timeout=timeout,
-            metadata=wire.metadata(self._token, upload.header.adapter_id),
-        )
-        try:
-            response: adapters_pb2.UploadAdapterResponse = call.result()
-        except grpc.RpcError as error:
-            if not broken:
-                raise from_rpc_error(error, self._target) from error
-        finally:
-            call.cancel()
-        if broken:
-            raise broken[0]
-        return wire.upload_result_of(response)
 
     def get_adapter(self, adapter_id: str, *, timeout: float | None = None) -> Adapter:
         request = adapters_pb2.GetAdapterRequest(adapter_id=adapter_id)
@@ -233,18 +215,3 @@ class Client:
             return method(request, timeout=timeout, metadata=wire.metadata(self._token, adapter_id))
         except grpc.RpcError as error:
             raise from_rpc_error(error, self._target) from error
-
-
-def _feed(
-    upload: Upload, progress: Progress | None, broken: list[Exception]
-) -> Iterator[adapters_pb2.UploadAdapterRequest]:
-    """The messages, for gRPC's sending thread. What goes wrong here is kept for the caller (gRPC
-    would only log it), and ends the stream without a finish: nothing is published."""
-    try:
-        for request in upload.requests():
-            yield request
-            sent = sent_bytes(request)
-            if progress is not None and sent is not None:
-                progress(sent, upload.total_size)
-    except Exception as error:
-        broken.append(error)

@@ -117,9 +117,13 @@ class TorchOps:
         """The update of one segment's rows; `v = x A^T` and its scale in fp32."""
         rows = x[segment.lo : segment.hi]
         for projection in projections:
-            target = y[segment.lo : segment.hi].narrow(1, projection.column, projection.width)
+            update: Tensor | None = None
             for a, b, scale in lora.tables.granules(segment.slot, layer, projection.module):
                 a_weight = view(lora.arena, a, GRANULE_RANK, x.shape[1], lora.dtype)
                 b_weight = view(lora.arena, b, GRANULE_RANK, projection.width, lora.dtype)
                 v = (rows.to(lora.dtype) @ a_weight.T).float() * scale
-                target += (v.to(lora.dtype) @ b_weight).to(y.dtype)
+                product = v.to(lora.dtype) @ b_weight
+                update = product if update is None else update.float() + product
+            if update is not None:
+                target = y[segment.lo : segment.hi].narrow(1, projection.column, projection.width)
+                target += update

@@ -91,7 +91,9 @@ async def _running(config: ServeConfig, base: Base, memory: Memory) -> AsyncIter
         stack.callback(loader.close)
         engine = _start_engine(config, base, memory, loader, metrics, stack)
         stack.push_async_callback(engine.stop)
-        publisher = Publisher(store, loader, base.linears, base.identity, config.max_rank)
+        publisher = Publisher(
+            store, loader, base.linears, base.name, base.identity, config.max_rank
+        )
         info = model_info(config, base, memory)
         api = ApiServer(engine, store, publisher, base.tokenizer, info, metrics)
         if config.metrics is not None:

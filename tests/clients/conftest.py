@@ -296,9 +296,10 @@ def cutting_proxy() -> Iterator[Callable[..., CuttingProxy]]:
 
 
 _MAIN = """
-import argparse, sys
+import argparse, signal, sys
 from loraplex_client import cli
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run in background
 parser = argparse.ArgumentParser("loraplex")
 cli.add_commands(parser.add_subparsers(required=True))
 args = parser.parse_args()

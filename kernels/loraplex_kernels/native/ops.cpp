@@ -85,7 +85,7 @@ void silu_mul(const T* gate_up, T* out, int64_t rows, int64_t size) {
         T* o = out + row * size;
 #pragma omp simd
         for (int64_t i = 0; i < size; ++i) {
-            const float g = load(gate, i);
+            const float g = std::max(load(gate, i), -87.f);  // e^-g stays finite; silu is under 1e-35
             store(o, i, g / (1.f + exponential(-g)) * load(up, i));
         }
     }

@@ -1,6 +1,7 @@
 """Adapters from the store to packed form, off the engine thread."""
 
 import logging
+import tempfile
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -9,7 +10,16 @@ from typing import Protocol
 from safetensors import SafetensorError
 
 from loraplex.adapters.packing import Layout, PackedAdapter, open_packed, pack, save_packed
-from loraplex.adapters.peft import AdapterSpec, BaseLinear, read_adapter, read_config
+from loraplex.adapters.peft import (
+    CONFIG_NAME,
+    AdapterSpec,
+    BaseLinear,
+    read_adapter,
+    read_config,
+)
+from loraplex.adapters.safetensors_header import WEIGHTS_NAME
+from loraplex.adapters.store_files import storage_errors
+from loraplex.errors import RequestError
 
 log = logging.getLogger(__name__)
 
@@ -22,6 +32,13 @@ class Blobs(Protocol):
 
     def blob(self, version: str) -> Path:
         """The folder of the uploaded safetensors file and config."""
+
+    @property
+    def temporary(self) -> Path:
+        """A folder on the same file system."""
+
+    def add_file(self, version: str, name: str, source: Path) -> None:
+        """Move a finished cache file into the blob, hashed with the rest."""
 
 
 class AdapterLoader:
@@ -43,10 +60,11 @@ class AdapterLoader:
     def run(self, work: Callable[[], None]) -> "Future[None]":
         return self._workers.submit(work)
 
-    def pack(self, version: str, spec: AdapterSpec) -> None:
-        """Write the cache file of a version just published, so that its first use need not."""
-        folder = self._blobs.blob(version)
-        save_packed(self._pack(folder, spec), self._cache_file(folder))
+    def pack_upload(self, weights: Path, spec: AdapterSpec) -> dict[str, Path]:
+        """The cache file of an adapter about to be published, beside its weights, by name."""
+        path = weights.with_name(self._cache_name)
+        save_packed(pack(weights, spec, self._layout), path)
+        return {self._cache_name: path}
 
     def close(self) -> None:
         self._workers.shutdown()
@@ -54,21 +72,29 @@ class AdapterLoader:
     def _read(self, digest: str) -> PackedAdapter:
         self._blobs.verify(digest)
         folder = self._blobs.blob(digest)
-        path = self._cache_file(folder)
+        path = folder / self._cache_name
         try:
             if path.exists():
                 return open_packed(path)
         except (SafetensorError, OSError) as error:
             log.warning("packing adapter %s again: %s", digest[:12], error)
-        config_json = (folder / "adapter_config.json").read_text(encoding="utf-8")
-        config = read_config(config_json, self._max_rank)
-        weights = folder / "adapter_model.safetensors"
-        packed = self._pack(folder, read_adapter(weights, config, self._linears, self._max_rank))
-        save_packed(packed, path)
+        with storage_errors():
+            config_json = (folder / CONFIG_NAME).read_text(encoding="utf-8")
+            config = read_config(config_json, self._max_rank)
+            spec = read_adapter(folder / WEIGHTS_NAME, config, self._linears, self._max_rank)
+        return self._pack(digest, spec)
+
+    def _pack(self, version: str, spec: AdapterSpec) -> PackedAdapter:
+        packed = pack(self._blobs.blob(version) / WEIGHTS_NAME, spec, self._layout)
+        try:
+            with tempfile.TemporaryDirectory(dir=self._blobs.temporary) as work:
+                fresh = Path(work) / self._cache_name
+                save_packed(packed, fresh)
+                self._blobs.add_file(version, self._cache_name, fresh)
+        except (OSError, SafetensorError, RequestError) as error:
+            log.warning("adapter %s is not kept packed: %s", version[:12], error)
         return packed
 
-    def _pack(self, folder: Path, spec: AdapterSpec) -> PackedAdapter:
-        return pack(folder / "adapter_model.safetensors", spec, self._layout)
-
-    def _cache_file(self, folder: Path) -> Path:
-        return folder / f"packed-{self._layout.fingerprint}.safetensors"
+    @property
+    def _cache_name(self) -> str:
+        return f"packed-{self._layout.fingerprint}.safetensors"

@@ -6,11 +6,10 @@ copy a block. The packed file is a cache: the uploaded safetensors and config st
 """
 
 import hashlib
-import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from loraplex_kernels.tables import GRANULE_RANK, Granule
@@ -19,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from loraplex.adapters.peft import AdapterModule, AdapterSpec
+from loraplex.errors import AdapterInvalidError
 from loraplex.model.config import MODULES
 
 FORMAT = 1
@@ -75,8 +75,8 @@ def pack(weights: Path, spec: AdapterSpec, layout: Layout) -> PackedAdapter:
     with safe_open(weights, framework="pt") as file:
         for index, (module, part) in enumerate(pieces):
             a, b = offsets[2 * index], offsets[2 * index + 1]
-            _write(data, a, file.get_tensor(module.a.tensor), part, layout.dtype)
-            _write(data, b, file.get_tensor(module.b.tensor).T, part, layout.dtype)
+            _write(data, a, _read(file, module.a.tensor, layout.dtype), part)
+            _write(data, b, _read(file, module.b.tensor, layout.dtype).T, part)
             granules.append(_granule(module, part, a, b))
     return PackedAdapter(data, tuple(granules))
 
@@ -105,9 +105,17 @@ def place(sizes: Sequence[int], block_bytes: int) -> tuple[list[int], int]:
     return offsets, len(used)
 
 
-def _write(data: Tensor, offset: int, matrix: Tensor, part: int, dtype: torch.dtype) -> None:
+def _read(file: Any, name: str, dtype: torch.dtype) -> Tensor:
+    tensor: Tensor = file.get_tensor(name).to(dtype)
+    if not bool(torch.isfinite(tensor).all()):
+        short = str(dtype).removeprefix("torch.")
+        raise AdapterInvalidError(name, f"holds values that {short} cannot hold")
+    return tensor
+
+
+def _write(data: Tensor, offset: int, matrix: Tensor, part: int) -> None:
     """16 rows of `matrix [rank, features]`, from rank 16 * part on, at a byte offset."""
-    rows = matrix[part * GRANULE_RANK : (part + 1) * GRANULE_RANK].to(dtype).contiguous()
+    rows = matrix[part * GRANULE_RANK : (part + 1) * GRANULE_RANK].contiguous()
     raw = rows.view(-1).view(torch.uint8)
     data.view(-1)[offset : offset + raw.numel()] = raw
 
@@ -117,13 +125,10 @@ def _granule(module: AdapterModule, part: int, a: int, b: int) -> Granule:
 
 
 def save_packed(packed: PackedAdapter, path: Path) -> None:
-    """Write the cache file, whole or not at all."""
+    """Write the cache file; not atomic, so give it a temporary place first."""
     index = torch.tensor([g[:5] for g in packed.granules], dtype=torch.int64)
     scale = torch.tensor([g.scale for g in packed.granules], dtype=torch.float64)
-    with tempfile.TemporaryDirectory(dir=path.parent) as work:
-        fresh = Path(work) / path.name
-        save_file({"data": packed.data, "granules": index, "scale": scale}, fresh)
-        os.replace(fresh, path)
+    save_file({"data": packed.data, "granules": index, "scale": scale}, path)
 
 
 def open_packed(path: Path) -> PackedAdapter:

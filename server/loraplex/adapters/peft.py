@@ -167,9 +167,8 @@ class AdapterConfig:
     def rank_of(self, name: str) -> int:
         return _first_match(self.rank_pattern, name, self.rank)
 
-    def scale_of(self, name: str) -> float:
+    def scale_of(self, name: str, rank: int) -> float:
         """alpha / r, or alpha / sqrt(r) with rsLoRA, for the linear called `name`."""
-        rank = self.rank_of(name)
         alpha = _first_match(self.alpha_pattern, name, self.alpha)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
@@ -268,7 +267,11 @@ def matches(key: str, name: str) -> bool:
     start = len(name) - len(key)
     if start < 0 or (start > 0 and name[start - 1] != "."):
         return False
-    return all(k in (".", n) for k, n in zip(key, name[start:], strict=True))
+    for piece in key.split("."):
+        if not name.startswith(piece, start):
+            return False
+        start += len(piece) + 1
+    return True
 
 
 def _first_match(pattern: Iterable[tuple[str, _T]], name: str, default: _T) -> _T:
@@ -411,7 +414,7 @@ def _module(
     return AdapterModule(
         base=base,
         rank=rank,
-        scale=config.scale_of(base.name),
+        scale=config.scale_of(base.name, rank),
         a=_matrix(a, rank, base.in_features),
         b=_matrix(b, base.out_features, rank),
     )

@@ -192,7 +192,7 @@ class AdapterStore:
         with storage_errors(), self._blobs.exclusive():
             version = self.get(adapter_id).version
             manifest = self._manifest(adapter_id)
-            manifest.unlink(missing_ok=True)
+            self._disk.remove(manifest)
             with self._lock:
                 del self._records[adapter_id]
                 self._ids.remove(adapter_id)
@@ -211,6 +211,11 @@ class AdapterStore:
         """The version's folder: the safetensors file, the config as uploaded, caches."""
         self._blobs.require(version)
         return self._blobs.folder(version)
+
+    @property
+    def temporary(self) -> Path:
+        """A folder on the store's file system, swept when the store is opened."""
+        return self._temporary
 
     def retain(self, version: str) -> None:
         """Keep the version's files until `release`, even when its last name is deleted."""
@@ -318,8 +323,10 @@ class AdapterStore:
         try:
             self._blobs.write(manifest, manifest_bytes(record))
         except OSError:
-            with contextlib.suppress(OSError):
-                manifest.unlink(missing_ok=True)
+            try:
+                self._disk.remove(manifest)
+            except OSError:  # a restart may find the name, and then needs its content
+                self._blobs.link(record.version, record.adapter_id)
             raise
         self._blobs.link(record.version, record.adapter_id)
         with self._lock:

@@ -118,7 +118,7 @@ class BlobStore:
         self._disk.make_folder(target.parent)
         if target.exists():
             trash = self.new_temporary()
-            target.replace(trash)
+            self._disk.move(target, trash)
             self._disk.remove_folder(trash)
         self._disk.move(staged, target)
         with self._lock:

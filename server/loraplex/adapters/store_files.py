@@ -32,9 +32,10 @@ class FileRecord:
 
 
 class Disk:
-    """The operations the store is made of, each durable once it returns."""
+    """The operations the store is made of; tests put one that fails in its place."""
 
     def make_folder(self, path: Path) -> None:
+        """Durable when it returns, also if somebody else made it."""
         path.mkdir(exist_ok=True)
         self.sync(path.parent)
 
@@ -60,13 +61,13 @@ class Disk:
             os.close(fd)
 
     def move(self, source: Path, target: Path) -> None:
-        """Atomic within the file system; replaces a file, never a folder that holds something."""
+        """Atomic, and durable when it returns; replaces a file, never a folder that holds any."""
         source.replace(target)
         self.sync(target.parent)
 
     def remove(self, path: Path) -> None:
+        """Durable once the folder is synced."""
         path.unlink(missing_ok=True)
-        self.sync(path.parent)
 
     def remove_folder(self, path: Path) -> None:
         """As far as it goes: what stays behind is swept when the store is opened again."""

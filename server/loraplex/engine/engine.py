@@ -99,7 +99,7 @@ class EngineConfig:
 
 @dataclass(slots=True)
 class _Fetch(Generic[P]):
-    """An adapter between disk and device: `packed` once it was read, `load` once it has room."""
+    """An adapter between disk and device; `packed` once it was read."""
 
     started_at: float
     packed: P | None = None
@@ -125,7 +125,7 @@ class Engine(Generic[P]):
         self._clock = clock
         self._loop = asyncio.get_running_loop()
         self._streams: dict[str, TokenStream] = {}  # the event loop's
-        self._draining = False
+        self._stopped = False
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._live: dict[str, Sequence] = {}  # the engine thread's, as all below
         self._fetches: dict[str, _Fetch[P]] = {}
@@ -138,7 +138,7 @@ class Engine(Generic[P]):
 
     def submit(self, sequence: Sequence) -> TokenStream:
         """Queue a request; its events come from the stream. Raises RequestError when refused."""
-        if self._draining:
+        if self._stopped:
             raise RequestError("DRAINING", "the server is shutting down", retry_after=5.0)
         if sequence.request_id in self._streams:
             raise RequestError(
@@ -166,13 +166,9 @@ class Engine(Generic[P]):
     def num_live(self) -> int:
         return len(self._streams)
 
-    def drain(self) -> None:
-        """Refuse new requests; running ones go on."""
-        self._draining = True
-
     async def stop(self) -> None:
         """End the thread; requests still live get DRAINING."""
-        self._draining = True
+        self._stopped = True
         for stream in self._streams.values():
             stream.push(RequestError("DRAINING", "the server was shut down"))
         self._streams.clear()

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -112,7 +113,7 @@ def _cached_tensor_digest(checkpoint: Checkpoint, cache_dir: Path) -> str:
         return digest
     digest = _tensor_digest(checkpoint)
     cache_dir.mkdir(parents=True, exist_ok=True)
-    fresh = cached.with_suffix(".tmp")
+    fresh = cached.with_suffix(f".{os.getpid()}.tmp")
     fresh.write_text(digest)
     fresh.replace(cached)
     return digest

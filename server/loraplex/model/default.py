@@ -70,7 +70,8 @@ def ensure_default_model(
 ) -> Path:
     """The model's folder under `cache`, made first where it is missing or damaged.
 
-    `cache` is Loraplex's own folder in the user's cache unless another is given. Processes that race wait for the first one's folder. Raises ModelError in one line.
+    `cache` is Loraplex's own folder in the user's cache unless another is given. Processes that
+    race wait for the first one's folder. Raises ModelError in one line.
     """
     models = (cache or cache_dir()) / "models"
     folder = models / source.name

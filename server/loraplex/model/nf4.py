@@ -64,6 +64,7 @@ def from_checkpoint(tensors: Mapping[str, Tensor]) -> NF4Weight:
     """A weight as bitsandbytes saved it; nested absmax is un-nested, codes are kept.
 
     `tensors` maps "weight", "absmax", "quant_map", ... (prefix removed) to what the file holds.
+    Raises ValueError for another format, or a part of the wrong length: bitsandbytes reads past it.
     """
     parts = {name: tensor for name, tensor in tensors.items() if name != "weight"}
     state = bnb.QuantState.from_dict(parts, device=torch.device("cpu"))
@@ -71,11 +72,28 @@ def from_checkpoint(tensors: Mapping[str, Tensor]) -> NF4Weight:
         raise ValueError(
             f"{state.quant_type} in blocks of {state.blocksize}, not nf4 in blocks of 64"
         )
+    codes = tensors["weight"].view(-1).view(torch.uint8)  # bnb_4bit_quant_storage may differ
+    _check_lengths(codes, state)
     absmax = state.absmax
     if state.nested:
         absmax = bnb.dequantize_blockwise(absmax, state.state2) + state.offset
-    out_features = state.shape[0]
-    return NF4Weight(tensors["weight"].view(out_features, -1), absmax.float(), state.code)
+    return NF4Weight(codes.view(state.shape[0], -1), absmax.float(), state.code)
+
+
+def _check_lengths(codes: Tensor, state: "bnb.QuantState") -> None:
+    out_features, in_features = state.shape
+    num_blocks = out_features * in_features // BLOCK_SIZE
+    parts = [
+        ("weight", codes, num_blocks * BLOCK_SIZE // 2),
+        ("absmax", state.absmax, num_blocks),
+        ("quant_map", state.code, 16),
+    ]
+    if state.nested:
+        num_nested = -(-num_blocks // state.state2.blocksize)
+        parts.append(("nested_absmax", state.state2.absmax, num_nested))
+    for name, tensor, length in parts:
+        if tensor.numel() != length:
+            raise ValueError(f"{name} holds {tensor.numel()} values, not {length}")
 
 
 def stack(weights: Sequence[NF4Weight]) -> NF4Weight:

@@ -230,11 +230,17 @@ def test_pages_go_by_name(store: AdapterStore) -> None:
     assert token == ""
 
 
-def test_page_sizes(store: AdapterStore) -> None:
-    for number in range(1_002):
-        publish(store, f"n{number}")
-    assert [len(store.list(size, "")[0]) for size in (0, 3, 1_000, 5_000)] == [50, 3, 1_000, 1_000]
-    assert refused("INVALID_FIELD", store.list, -1, "").field == "page_size"
+def test_page_sizes(tmp_path: Path, store: AdapterStore) -> None:
+    publish(store, "n0")
+    store.close()
+    manifests = tmp_path / "manifests" / "default"
+    text = (manifests / "n0.json").read_text()
+    for number in range(1, 1_002):
+        (manifests / f"n{number}.json").write_text(text.replace('"n0"', f'"n{number}"'))
+    again = open_store(tmp_path)
+    assert [len(again.list(size, "")[0]) for size in (0, 3, 1_000, 5_000)] == [50, 3, 1_000, 1_000]
+    assert refused("INVALID_FIELD", again.list, -1, "").field == "page_size"
+    again.close()
 
 
 @pytest.mark.parametrize("token", ["x", "YQ", "YQ==\n", "L2V0Yw==", "é", "=", "YQ==YQ=="])

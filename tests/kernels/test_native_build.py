@@ -1,0 +1,70 @@
+"""The compiled ops are built once, and whatever goes wrong leaves a server that works."""
+
+import ctypes
+import logging
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from loraplex_kernels.dispatch import choose_ops
+from loraplex_kernels.native import BuildError, load_library
+
+HAS_COMPILER = any(shutil.which(name) for name in ("c++", "g++", "clang++"))
+
+# Chooses ops in a process of its own, as which compiler there is comes from its PATH.
+CHOOSE = """
+import logging, os, sys
+from pathlib import Path
+import torch
+from loraplex_kernels.dispatch import choose_ops
+logging.basicConfig(format="%(levelname)s %(message)s", stream=sys.stdout)
+os.environ["PATH"] = sys.argv[1]
+print(choose_ops(torch.device("cpu"), Path(sys.argv[2])).name)
+"""
+
+
+def choose(path: Path, cache: Path) -> list[str]:
+    command = [sys.executable, "-c", CHOOSE, str(path), str(cache)]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    return result.stdout.splitlines()
+
+
+def test_without_a_compiler_the_ops_are_torchs(tmp_path: Path) -> None:
+    warning = "WARNING the CPU ops run in plain torch, which is slower: no C++ compiler found"
+    assert choose(tmp_path, tmp_path / "cache") == [warning, "torch"]
+
+
+def test_a_compiler_that_refuses_is_quoted_in_one_line(tmp_path: Path) -> None:
+    compiler = tmp_path / "bin" / "c++"
+    compiler.parent.mkdir()
+    compiler.write_text("#!/bin/sh\necho 'no such -march' >&2\necho more >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    cache = tmp_path / "cache"
+    warning, name = choose(compiler.parent, cache)
+    assert warning.endswith("slower: c++ failed: no such -march")
+    assert name == "torch"
+    assert list(cache.iterdir()) == []
+
+
+if HAS_COMPILER:
+
+    def test_builds_once_and_leaves_nothing_else(native_library: ctypes.CDLL) -> None:
+        built = Path(native_library._name)
+        before = built.stat()
+        assert Path(load_library(built.parent)._name) == built
+        assert list(built.parent.iterdir()) == [built]
+        assert built.stat().st_mtime_ns == before.st_mtime_ns
+        assert choose_ops(torch.device("cpu"), built.parent).name == "native"
+
+    def test_a_damaged_library_falls_back(
+        native_library: ctypes.CDLL, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        (tmp_path / Path(native_library._name).name).write_bytes(b"not a library")
+        with pytest.raises(BuildError, match="do not load"):
+            load_library(tmp_path)
+        with caplog.at_level(logging.WARNING):
+            assert choose_ops(torch.device("cpu"), tmp_path).name == "torch"
+        assert "slower: the compiled ops do not load" in caplog.text
