@@ -21,18 +21,16 @@ from loraplex_client.upload import (
     RetryPolicy,
     Upload,
     prepare,
-    sent_bytes,
 )
 from loraplex_client.values import Adapter, Completion, Event, ServerInfo, UploadResult
 from loraplex_client.wire import ChatOptions, GenerateOptions, Message
 
 
 class AsyncClient:
-    """One channel to one server, for any number of tasks (and one more for uploads).
+    """One channel to one server, and one for uploads, for any number of tasks.
 
-    An async context manager.
-    Make it inside the running event loop that uses it. `timeout` is in seconds, for the whole
-    call; None waits for as long as it takes.
+    An async context manager; make it inside the running event loop that uses it. `timeout` is in
+    seconds, for the whole call; None waits for as long as it takes.
     """
 
     def __init__(
@@ -66,7 +64,7 @@ class AsyncClient:
         await self.close()
 
     async def close(self) -> None:
-        """Ends the connection and every call on it."""
+        """Ends the connections and every call on them."""
         self._upload_channel.close()
         await self._channel.close(None)
 
@@ -148,8 +146,8 @@ class AsyncClient:
     ) -> UploadResult:
         """Sends a PEFT folder; when this returns, the adapter is durable and usable.
 
-        A broken connection starts again, a bounded number of times. Files are read in worker
-        threads; `progress` is called on the event loop.
+        A broken connection starts again, a bounded number of times. `progress` is called on the
+        event loop, and never waited for.
         """
         deadline = Deadline.after(timeout)
         upload = await asyncio.to_thread(prepare, adapter_id, path, replace)
@@ -175,7 +173,7 @@ class AsyncClient:
 
         def call_progress(sent: int, total: int) -> None:
             try:
-                if progress is not None:
+                if progress is not None and not finished.is_set():
                     progress(sent, total)
             except Exception as error:
                 transfer.fail(error)

@@ -25,9 +25,7 @@ from loraplex_client.upload import (
     Deadline,
     Progress,
     RetryPolicy,
-    Upload,
     prepare,
-    sent_bytes,
 )
 from loraplex_client.values import Adapter, Completion, Event, ServerInfo, UploadResult
 from loraplex_client.wire import ChatOptions, GenerateOptions, Message

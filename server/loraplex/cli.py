@@ -9,10 +9,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TypeVar
 
-from loraplex_client import cli as client
-from loraplex_client.cli_options import UsageError
+# gRPC's own notes would stand between a user and our one line; it reads this when imported.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
-from loraplex.config import (
+from loraplex_client import cli as client  # noqa: E402
+from loraplex_client.cli_options import UsageError  # noqa: E402
+
+from loraplex.config import (  # noqa: E402
     DEFAULT_MODEL,
     Address,
     ServeConfig,
@@ -21,7 +24,7 @@ from loraplex.config import (
     parse_address,
     parse_size,
 )
-from loraplex.errors import LoraplexError
+from loraplex.errors import LoraplexError  # noqa: E402
 
 EPILOG = """\
 examples:

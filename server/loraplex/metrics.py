@@ -70,6 +70,7 @@ class Metrics:
         self._adapters = self._histogram(
             "batch_distinct_adapters", "Distinct adapters in one pass.", (0, *_COUNT_BUCKETS)
         )
+        self._preemptions = self._counter("preemptions", "Sequences put back to wait for memory.")
         self._running = self._gauge("requests_running", "Requests being decoded or prefilled.")
         self._waiting = self._gauge("requests_waiting", "Requests not admitted yet.")
         self._blocks = self._gauge("memory_blocks", "Blocks of the arena by use.", "use")
@@ -103,6 +104,9 @@ class Metrics:
         self._step.observe(duration)
         self._rows.observe(num_rows)
         self._adapters.observe(num_distinct_adapters)
+
+    def preempted(self, num_sequences: int) -> None:
+        self._preemptions.inc(num_sequences)
 
     def set_load(self, running: int, waiting: int) -> None:
         self._running.set(running)

@@ -159,6 +159,40 @@ def test_a_file_that_shrinks_is_not_published(
     assert server.weights == {}
 
 
+def test_async_progress_is_called_on_the_event_loop(
+    server: "FakeServer", make_adapter: MakeAdapter
+) -> None:
+    threads: set[int] = set()
+    _async(
+        server.target, make_adapter(_LARGE), lambda sent, total: threads.add(threading.get_ident())
+    )
+    assert threads == {threading.get_ident()}
+
+
+def test_cancelling_a_task_cancels_its_upload(
+    server: "FakeServer", make_adapter: MakeAdapter
+) -> None:
+    started, gone = threading.Event(), threading.Event()
+
+    def stall(server: "FakeServer", requests: Iterator[Any], context: Any) -> Any:
+        context.add_callback(gone.set)
+        started.set()
+        gone.wait(30)
+
+    async def main() -> None:
+        async with AsyncClient(server.target) as client:
+            task = asyncio.create_task(client.upload_adapter("a", make_adapter(_LARGE)))
+            await asyncio.to_thread(started.wait, 30)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert await asyncio.to_thread(gone.wait, 30)
+
+    server.upload = stall
+    asyncio.run(main())
+    assert server.weights == {}
+
+
 def test_a_folder_that_is_no_adapter_is_never_sent(
     server: "FakeServer", send: Send, tmp_path: Path
 ) -> None:

@@ -82,9 +82,9 @@ class ApiServer:
     ) -> int:
         """Listen; the port really bound. Beyond this machine only with TLS, or if told so."""
         bound = self._bind(host, port, credentials, insecure)
-        await self._server.start()
         for service in ("", *SERVICES):
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
+        await self._server.start()
         return bound
 
     async def drain(self, grace: float) -> None:

@@ -48,20 +48,24 @@ def test_slots_and_blocks_are_never_shared() -> None:
 
 
 @pytest.mark.parametrize(
-    ("used", "referenced", "wanted_blocks", "left"),
+    ("num_slots", "used", "referenced", "wanted_blocks", "left"),
     [
-        ("", "", 4, "abcd"),  # room as it is, but for the slot
-        ("", "", 7, "d"),
-        ("a", "", 4, "ad"),  # a was used last
-        ("", "a", 4, "ad"),
-        ("", "ab", 4, "abd"),
-        ("", "b", 8, "bd"),
-        ("", "abc", 1, "abc"),  # no slot
-        ("", "ab", 7, "ab"),  # no blocks
+        (4, "", "", 4, "abcd"),
+        (4, "", "", 5, "bcd"),
+        (4, "", "", 7, "cd"),
+        (3, "", "", 1, "bcd"),  # there are blocks, but no slot
+        (3, "a", "", 1, "acd"),  # a was used last
+        (3, "", "a", 1, "acd"),
+        (3, "", "ab", 5, "abd"),
+        (3, "", "b", 8, "bd"),
+        (3, "", "abc", 1, "abc"),
+        (4, "", "abc", 5, "abc"),
     ],
 )
-def test_who_makes_room(used: str, referenced: str, wanted_blocks: int, left: str) -> None:
-    p = pool(10, 4 if not used and not referenced and wanted_blocks == 4 else 3)
+def test_who_makes_room(
+    num_slots: int, used: str, referenced: str, wanted_blocks: int, left: str
+) -> None:
+    p = pool(10, num_slots)
     for digest in "abc":
         load(p, digest)
     for digest in used:

@@ -5,7 +5,15 @@ import codecs
 import hashlib
 import json
 import shutil
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import (
+    AsyncIterable,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterable,
+    Iterator,
+    Mapping,
+)
 from collections.abc import Sequence as Seq
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -32,7 +40,7 @@ from loraplex.engine.sequence import (
     Timings,
     Tokens,
 )
-from loraplex.engine.stream import TokenStream
+from loraplex.engine.stream import Event, TokenStream
 from loraplex.errors import AdapterInvalidError, RequestError
 from loraplex.metrics import Metrics
 from loraplex_protos.v1 import adapters_pb2, inference_pb2
@@ -74,7 +82,7 @@ class FakeEngine:
         self.aborted: list[str] = []
         self.resident: set[str] = set()
         self.refuse: RequestError | None = None
-        self.plan: Callable[[Sequence], Iterable[Tokens | Finished | RequestError]] = lambda _: ()
+        self.plan: Callable[[Sequence], Iterable[Event]] = lambda _: ()
         self.streams: dict[str, TokenStream] = {}
         self._news = asyncio.Event()
 
@@ -201,7 +209,8 @@ class Failure:
 
 def failure_of(error: grpc.aio.AioRpcError) -> Failure:
     """Checks that the details are there and say what the status says."""
-    trailers = dict(error.trailing_metadata() or ())
+    metadata: Any = error.trailing_metadata()
+    trailers = dict(metadata)
     status = status_pb2.Status.FromString(trailers["grpc-status-details-bin"])
     assert (status.code, status.message) == (error.code().value[0], error.details())
     found: dict[str, Any] = {}
@@ -230,7 +239,7 @@ class Api:
     registry: CollectorRegistry
     server: ApiServer
     target: str
-    channel: grpc.aio.Channel
+    channel: Any  # grpc-stubs know half of it
     folder: Path
     another: Callable[[], ApiServer]  # not started
 
@@ -275,7 +284,7 @@ class Api:
             await call
         return failure_of(caught.value)
 
-    async def stream_failure(self, call: AsyncIterator[Any]) -> Failure:
+    async def stream_failure(self, call: AsyncIterable[Any]) -> Failure:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             _ = [event async for event in call]
         return failure_of(caught.value)
@@ -335,7 +344,7 @@ async def _serving(folder: Path, stall_seconds: float) -> AsyncIterator[Api]:
 
     server = build()
     target = f"127.0.0.1:{await server.start('127.0.0.1', 0)}"
-    channel = grpc.aio.insecure_channel(target, options=_SMALL_WINDOW)
+    channel: Any = grpc.aio.insecure_channel(target, options=_SMALL_WINDOW)
     try:
         yield Api(engine, store, registry, server, target, channel, folder, build)
     finally:
@@ -363,7 +372,7 @@ def finished(reason: FinishReason, stop_token_id: int | None = None) -> Finished
     return Finished(reason, stop_token_id, 0, TIMINGS)
 
 
-def say(text: str, *, end: FinishReason = FinishReason.LENGTH) -> list[Tokens | Finished]:
+def say(text: str, *, end: FinishReason = FinishReason.LENGTH) -> list[Event]:
     """The text a byte at a time, then its end."""
     stop = EOS if end is FinishReason.STOP_TOKEN else None
     ids = [*text.encode(), *([] if stop is None else [stop])]

@@ -4,21 +4,18 @@ import asyncio
 import time
 from typing import TYPE_CHECKING, Any
 
-import grpc
 import pytest
 from grpc import StatusCode
 from loraplex.engine.sequence import FinishReason, Logprobs, SamplingParams, StopParams, Tokens
+from loraplex.engine.stream import Event
 from loraplex.errors import RequestError
 from loraplex_protos.v1 import adapters_pb2, inference_pb2
+
 from tests.server.api.conftest import (
-    CONFIG_JSON,
     EOS,
-    FINISH,
     MODEL,
     SPECIAL,
-    chunk,
     finished,
-    header,
     say,
 )
 
@@ -193,7 +190,7 @@ def test_stop_strings(
 
 
 def test_special_tokens_are_no_text_and_half_a_code_point_is_flushed(serve: "Serve") -> None:
-    events = [Tokens((SPECIAL, 97)), Tokens((0xC3,)), finished(FinishReason.LENGTH)]
+    events: list[Event] = [Tokens((SPECIAL, 97)), Tokens((0xC3,)), finished(FinishReason.LENGTH)]
 
     async def scenario(api: "Api") -> None:
         api.engine.plan = lambda _: events
@@ -207,7 +204,7 @@ def test_special_tokens_are_no_text_and_half_a_code_point_is_flushed(serve: "Ser
 
 def test_logprobs_stand_beside_their_tokens(serve: "Serve") -> None:
     entries = (Logprobs(-0.5, ((97, -0.5), (98, -1.5))), Logprobs(-2.0, ()))
-    events = [Tokens((97, 98), entries), finished(FinishReason.LENGTH)]
+    events: list[Event] = [Tokens((97, 98), entries), finished(FinishReason.LENGTH)]
 
     async def scenario(api: "Api") -> None:
         api.engine.plan = lambda _: events
@@ -233,7 +230,7 @@ def test_tokens_stream_as_they_come_and_join_while_nobody_reads(serve: "Serve") 
         assert (await call.read()).delta.text == "bcd"
         stream.push(finished(FinishReason.LENGTH))
         assert (await call.read()).finished.usage.completion_tokens == 4
-        assert await call.read() is grpc.aio.EOF
+        assert not await call.read()  # the end of the stream
 
     serve(scenario)
 
@@ -327,7 +324,8 @@ def test_errors_of_the_engine_end_the_call_with_their_status(serve: "Serve") -> 
             ("SLOW_READER", StatusCode.ABORTED),
             ("NAN_LOGITS", StatusCode.INTERNAL),
         ):
-            api.engine.plan = lambda _, r=reason: [Tokens((97,)), RequestError(r, "as it is")]
+            events: list[Event] = [Tokens((97,)), RequestError(reason, "as it is")]
+            api.engine.plan = lambda _, events=events: events  # type: ignore[misc]
             error = await api.stream_failure(api.generate(text="x"))
             assert (error.code, error.reason, error.message) == (code, reason, "as it is")
         api.engine.refuse = RequestError("QUEUE_FULL", "full", retry_after=1.5)

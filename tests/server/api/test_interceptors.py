@@ -7,6 +7,7 @@ import pytest
 from grpc import StatusCode
 from loraplex.engine.sequence import FinishReason, Tokens
 from loraplex_protos.v1 import adapters_pb2, inference_pb2
+
 from tests.server.api.conftest import FINISH, chunk, header, say
 
 if TYPE_CHECKING:

@@ -13,6 +13,7 @@ from grpc_reflection.v1alpha import reflection_pb2
 from loraplex.api.server import is_loopback
 from loraplex.errors import StartupError
 from loraplex_protos.v1 import inference_pb2
+
 from tests.server.api.conftest import say
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 SERVICES = ("", "loraplex.v1.InferenceService", "loraplex.v1.AdapterService")
+
 
 async def health(api: "Api", service: str) -> int:
     check = health_pb2_grpc.HealthStub(api.channel).Check

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from grpc import StatusCode
 from loraplex_protos.v1 import adapters_pb2
-from tests.server.api.conftest import BASE_ID, CONFIG_JSON, FINISH, MODEL, chunk, header
+
+from tests.server.api.conftest import FINISH, chunk, header
 
 if TYPE_CHECKING:
     from tests.server.api.conftest import Api, Serve
@@ -123,7 +124,7 @@ def test_a_client_that_does_not_end_its_stream_is_answered(serve: "Serve") -> No
     serve(scenario)
 
 
-BAD_HEADERS = [
+BAD_HEADERS: list[tuple[dict[str, Any], Any, str, str]] = [
     ({"adapter_id": ""}, INVALID, "INVALID_FIELD", "header.adapter_id"),
     ({"adapter_id": "A"}, INVALID, "INVALID_FIELD", "header.adapter_id"),
     ({"adapter_id": "a..b"}, INVALID, "INVALID_FIELD", "header.adapter_id"),

@@ -1,0 +1,168 @@
+"""How a server starts, stops, is killed, and starts again."""
+
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from loraplex.model.config import read_model_config
+from loraplex_client import Adapter, Client, Delta, Finished, FinishReason, Unavailable
+
+if TYPE_CHECKING:
+    from tests.e2e.conftest import AdapterMaker, ServerFactory, ServerProcess
+
+PROMPT = "Once upon a time"
+
+
+def test_sigterm_lets_running_requests_finish(serve: "ServerFactory", tiny_model: Path) -> None:
+    server = serve(f"--model={tiny_model}", "--drain=60")
+    with (
+        server.client() as client,
+        grpc.insecure_channel(server.target) as channel,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        health = health_pb2_grpc.HealthStub(channel)
+        request = health_pb2.HealthCheckRequest()
+        assert health.Check(request).status == health_pb2.HealthCheckResponse.SERVING
+        events = client.stream(PROMPT, max_tokens=1500, ignore_eos=True)
+        next(events)
+        ended = pool.submit(server.end)
+        server.eventually(lambda: "SIGTERM: finishing what runs" in server.log())
+        assert health.Check(request).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        for call in (client.server_info, lambda: client.complete(PROMPT, max_tokens=1)):
+            with pytest.raises(Unavailable) as refused:
+                call()
+            assert refused.value.reason == "DRAINING"
+        assert not ended.done()
+        rest = list(events)
+        assert isinstance(rest[-1], Finished)
+        assert rest[-1].finish_reason is FinishReason.LENGTH
+        tokens = [t for e in rest if isinstance(e, Delta) for t in e.token_ids]
+        assert len(tokens) == 1500
+        assert ended.result() == 0
+
+
+def test_sigint_ends_with_130_and_what_outlasts_the_drain_is_told(
+    serve: "ServerFactory", tiny_model: Path
+) -> None:
+    server = serve(f"--model={tiny_model}", "--drain=0.3")
+    with server.client() as client, ThreadPoolExecutor(1) as pool:
+        events = client.stream(PROMPT, max_tokens=8000, ignore_eos=True)
+        next(events)
+        ended = pool.submit(server.end, signal.SIGINT)
+        with pytest.raises(Unavailable) as told:
+            list(events)
+        assert told.value.reason == "DRAINING"
+        assert ended.result() == 130
+
+
+def test_a_second_signal_ends_it_at_once(serve: "ServerFactory", tiny_model: Path) -> None:
+    server = serve(f"--model={tiny_model}", "--drain=60")
+    with server.client() as client:
+        events = client.stream(PROMPT, max_tokens=8000, ignore_eos=True)
+        next(events)
+        server.process.send_signal(signal.SIGTERM)
+        server.eventually(lambda: "SIGTERM: finishing what runs" in server.log())
+        began = time.monotonic()
+        assert server.end() == -signal.SIGTERM
+        assert time.monotonic() - began < 10
+        with pytest.raises(Unavailable):
+            list(events)
+
+
+def test_what_was_acknowledged_survives(
+    serve: "ServerFactory", tiny_model: Path, make_adapter: "AdapterMaker", tmp_path: Path
+) -> None:
+    """A clean end, then a kill in the middle of work; meanwhile nobody else gets the store."""
+    base, store, model = read_model_config(tiny_model), tmp_path / "kept", f"--model={tiny_model}"
+
+    first = serve(model, store=store)
+    with first.client() as client:
+        adapter = client.upload_adapter("early", make_adapter(base)).adapter
+        said = {"early": greedy(client, "early"), "": greedy(client, "")}
+    assert said["early"] != said[""]
+    assert first.end() == 0
+
+    second = serve(model, store=store)
+    with second.client() as client, closing(client.stream(PROMPT, max_tokens=8000)) as running:
+        check_kept(client, adapter)
+        assert greedy(client, "early") == said["early"]
+        next(running)
+        late = client.upload_adapter("late", make_adapter(base, 8)).adapter
+        assert second.end(signal.SIGKILL) == -signal.SIGKILL
+    (store / "uploads/default/torn").mkdir()  # as a kill in mid-upload leaves it
+
+    third = serve(model, store=store)
+    with third.client() as client:
+        assert list((store / "uploads/default").iterdir()) == []
+        check_kept(client, adapter)
+        check_kept(client, late)
+        assert greedy(client, "early") == said["early"]
+        assert greedy(client, "") == said[""]
+        assert greedy(client, "late") not in said.values()
+    check_refused(serve, "is in use by another server", model, store=store)
+    assert third.end() == 0
+
+
+def greedy(client: Client, name: str) -> tuple[int, ...]:
+    return client.complete(PROMPT, name, max_tokens=20, temperature=0.0).token_ids
+
+
+def check_kept(client: Client, adapter: Adapter) -> None:
+    """The same name, version, etag and time of birth; it may have been used since."""
+    found = client.get_adapter(adapter.adapter_id)
+    kept = ("version", "etag", "create_time", "rank", "size_bytes", "state")
+    assert [getattr(found, name) for name in kept] == [getattr(adapter, name) for name in kept]
+
+
+def check_refused(
+    serve: "ServerFactory", why: str, *flags: str, store: Path | None = None
+) -> None:
+    code, said = serve.refused(*flags, store=store)
+    assert code == 1
+    assert said.startswith("loraplex: ")
+    assert said.count("\n") == 1
+    assert why in said
+
+
+def test_the_ready_line_is_true(server: "ServerProcess") -> None:
+    assert server.ready.startswith("loraplex: serving smollm2-135m-instruct on 127.0.0.1:")
+    assert server.ready.endswith(" (cpu, nf4, 192 MiB for KV and adapters)\n")
+    assert not server.target.endswith(":0")
+    with server.client() as client:
+        info = client.server_info()
+    assert (info.model, info.quantization) == ("smollm2-135m-instruct", "nf4")
+    assert (info.device, info.dtype) == ("cpu", "bfloat16")
+
+
+def test_a_model_that_cannot_be_served(serve: "ServerFactory", tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"architectures": ["GPT2LMHeadModel"]}')
+    check_refused(serve, "GPT2LMHeadModel is not supported", f"--model={tmp_path}")
+    check_refused(serve, "no such folder", "--model=/no/such/folder")
+
+
+@pytest.mark.parametrize("flag", ["--listen", "--metrics"])
+def test_a_port_in_use(
+    flag: str, serve: "ServerFactory", tiny_model: Path, server: "ServerProcess"
+) -> None:
+    port = server.metrics_url if flag == "--metrics" else server.target
+    address = port.removeprefix("http://").removesuffix("/metrics")
+    check_refused(serve, address, f"--model={tiny_model}", f"{flag}={address}")
+
+
+def test_other_machines_need_tls_or_a_word(serve: "ServerFactory", tiny_model: Path) -> None:
+    check_refused(serve, "--insecure", f"--model={tiny_model}", "--listen=0.0.0.0:0")
+
+
+@pytest.mark.parametrize(
+    ("size", "why"), [("1K", "is too small"), ("900T", "cannot be had")], ids=["little", "much"]
+)
+def test_memory_that_cannot_be(
+    size: str, why: str, serve: "ServerFactory", tiny_model: Path
+) -> None:
+    check_refused(serve, why, f"--model={tiny_model}", f"--memory={size}")

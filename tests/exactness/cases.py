@@ -1,0 +1,151 @@
+"""The base and the adapters whose answers are compared, each with a prompt of its own."""
+
+import hashlib
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from loraplex.model.config import MODULES
+from loraplex_client.examples import example_adapters
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM
+
+NUM_NEW = 16
+BATCH = 8
+TEXTS = (
+    "The lighthouse keeper climbed the stairs every evening, lit the lamp, and wrote down in his"
+    " book which ships had passed before the fog came in",
+    "<|im_start|>user\nTell me about the ocean and the animals that live in it.<|im_end|>\n"
+    "<|im_start|>assistant\n",
+    "Question: What is the capital of France, and which river flows through it? Give a short"
+    " answer.\nAnswer:",
+    'def fibonacci(n):\n    """Return the n-th Fibonacci number."""\n    if n < 2:\n'
+    "        return n\n    return",
+)
+
+
+@dataclass(frozen=True)
+class Generated:
+    """A PEFT adapter of random weights: `strength` is about how much of a linear's output it is."""
+
+    dtype: torch.dtype
+    strength: float = 0.15
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+
+def of_rank(rank: int, dtype: torch.dtype, alpha: float | None = None) -> Generated:
+    return Generated(dtype, config={"r": rank, "lora_alpha": alpha or 2 * rank})
+
+
+def on(modules: list[str], rank: int, dtype: torch.dtype, strength: float) -> Generated:
+    return Generated(dtype, strength, {"r": rank, "lora_alpha": 16, "target_modules": modules})
+
+
+F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
+GENERATED: dict[str, Generated] = {
+    "rank 1": of_rank(1, F32),
+    "rank 4": of_rank(4, BF16),
+    "rank 8": of_rank(8, F16),
+    "rank 16": of_rank(16, F32),
+    "rank 24": of_rank(24, BF16, alpha=7.5),
+    "rank 32": of_rank(32, F16),
+    "rank 64": of_rank(64, BF16),
+    "q, v": on(["q_proj", "v_proj"], 8, F32, 0.3),
+    "o, down": on(["o_proj", "down_proj"], 16, BF16, 0.15),
+    "gate, up": on(["gate_proj", "up_proj"], 4, F16, 0.2),
+    "rsLoRA": Generated(BF16, config={"r": 32, "lora_alpha": 16, "use_rslora": True}),
+    "patterns": Generated(
+        F32,
+        config={
+            "r": 8,
+            "lora_alpha": 16,
+            "rank_pattern": {"q_proj": 40, "layers.3.mlp.down_proj": 17, "up_proj": 1},
+            "alpha_pattern": {"v_proj": 4, "model.layers.0.self_attn.o_proj": 48},
+        },
+    ),
+    "patterns, rsLoRA": Generated(
+        F16,
+        config={
+            "r": 4,
+            "lora_alpha": 8,
+            "use_rslora": True,
+            "rank_pattern": {"layers.1.self_attn.q_proj": 64, "gate_proj": 20},
+            "alpha_pattern": {"down_proj": 2, "gate_proj": 30},
+        },
+    ),
+    "some layers": Generated(
+        BF16, 0.4, {"r": 16, "lora_alpha": 8, "layers_to_transform": [0, 7, 8, 29]}
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """The base (adapter None) or an adapter, and which of TEXTS it is asked."""
+
+    name: str
+    adapter: str | None
+    text: int
+
+
+def all_cases() -> list[Case]:
+    adapters = [*GENERATED, *(f"example {example.name}" for example in example_adapters())]
+    named = [Case(name, name, index % len(TEXTS)) for index, name in enumerate(adapters, start=1)]
+    return [Case("base", None, 0), *named]
+
+
+def all_batches() -> list[list[Case]]:
+    """Every case in some batch of 8; the base is in each."""
+    base, *adapters = all_cases()
+    others = BATCH - 1
+    adapters += adapters[: -len(adapters) % others]
+    return [[*adapters[i : i + others], base] for i in range(0, len(adapters), others)]
+
+
+def generate_adapter(generated: Generated, base: Path, folder: Path, seed: int) -> None:
+    """Saved by PEFT, on a base without weights."""
+    options: dict[str, Any] = {"target_modules": list(MODULES), "task_type": "CAUSAL_LM"}
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base))
+    model = get_peft_model(skeleton, LoraConfig(**options | dict(generated.config)))
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if not getattr(module, "lora_A", None):
+            continue
+        a, b = module.lora_A["default"], module.lora_B["default"]
+        rank, scale = module.r["default"], module.scaling["default"]
+        # Of x with elements of size 1, A x has elements of size 1, and W x of about `size`.
+        size = 0.04 * a.in_features**0.5
+        for matrix, std in (
+            (a, a.in_features**-0.5),
+            (b, generated.strength * size / scale / rank**0.5),
+        ):
+            values = torch.randn(matrix.weight.shape, generator=generator) * std
+            matrix.weight = torch.nn.Parameter(values.to(generated.dtype), requires_grad=False)
+    model.save_pretrained(folder, save_embedding_layers=False)
+
+
+class Folders:
+    """PEFT folders by adapter name, made when they are first asked for."""
+
+    def __init__(self, base: Path, work: Path) -> None:
+        self._base = base
+        self._work = work
+        self._examples = {f"example {e.name}": e.path for e in example_adapters()}
+
+    def __call__(self, adapter: str) -> Path:
+        folder = self._work / digest_of(adapter)
+        if not folder.exists():
+            if adapter in self._examples:
+                shutil.copytree(self._examples[adapter], folder)
+            else:
+                seed = list(GENERATED).index(adapter)
+                generate_adapter(GENERATED[adapter], self._base, folder, seed)
+        return folder
+
+
+def digest_of(adapter: str) -> str:
+    return hashlib.sha256(adapter.encode()).hexdigest()

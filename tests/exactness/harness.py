@@ -1,0 +1,192 @@
+"""The product's engine in this process: scheduler, arena, pool, packed adapters, model runner."""
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from loraplex.adapters.packing import Layout, PackedAdapter, pack
+from loraplex.adapters.peft import BaseLinear, read_adapter, read_config
+from loraplex.adapters.pool import AdapterPool
+from loraplex.engine.arena import Arena, Use
+from loraplex.engine.engine import Engine, EngineConfig, EngineState, StepRecord
+from loraplex.engine.model_runner import ModelRunner, RunnerConfig, block_shape
+from loraplex.engine.scheduler import Sampled, Scheduled, Scheduler, SchedulerConfig
+from loraplex.engine.sequence import SamplingParams, StopParams, Tokens
+from loraplex.engine.sequence import Sequence as EngineSequence
+from loraplex.errors import RequestError
+from loraplex.model.decoder import Decoder, DecoderInput
+from loraplex_kernels.ops import Ops
+from torch import Tensor
+
+from tests.exactness.cases import BATCH, NUM_NEW, Folders, digest_of
+
+CPU = torch.device("cpu")
+MAX_RANK = 64
+GREEDY = SamplingParams(temperature=0.0)
+
+
+@dataclass(frozen=True)
+class Request:
+    """`forced`: these tokens are taken instead of those drawn."""
+
+    adapter: str | None
+    prompt: list[int]
+    forced: list[int] | None = None
+    sampling: SamplingParams = GREEDY
+    max_tokens: int = NUM_NEW
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A request's tokens, and the logits of everything but the last of them."""
+
+    tokens: list[int]
+    logits: Tensor  # fp32 [len(prompt) + len(tokens) - 1, vocab]
+
+
+class RecordingDecoder(Decoder):
+    """A decoder that keeps the logits of every row of its last step."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.config = decoder.config
+        self.dtype = decoder.dtype
+        self.last = torch.empty(0)
+        self._decoder = decoder
+
+    def forward(self, batch: DecoderInput, kv_cache: Tensor, ops: Ops) -> Tensor:
+        every_row = replace(batch, logits_rows=torch.arange(len(batch.token_ids)))
+        self.last = self._decoder.forward(every_row, kv_cache, ops)
+        return self.last[batch.logits_rows]
+
+
+class RecordingRunner:
+    """The model runner, its logits kept by request and its choices overruled where one is forced.
+
+    Mutable: `logits`, which grow by the rows of each step.
+    """
+
+    def __init__(
+        self, runner: ModelRunner, decoder: RecordingDecoder, requests: Mapping[str, Request]
+    ) -> None:
+        self.copy_adapter = runner.copy_adapter
+        self.bind_slot = runner.bind_slot
+        self.logits: dict[str, list[Tensor]] = {request_id: [] for request_id in requests}
+        self._runner = runner
+        self._decoder = decoder
+        self._requests = requests
+
+    def run(self, rows: Sequence[Scheduled]) -> list[Sampled]:
+        drawn = iter(self._runner.run(rows))
+        parts = torch.split(self._decoder.last, [row.num_tokens for row in rows])
+        for row, logits in zip(rows, parts, strict=True):
+            self.logits[row.sequence.request_id].append(logits)
+        return [self._overrule(row.sequence, next(drawn)) for row in rows if row.samples]
+
+    def _overrule(self, sequence: EngineSequence, drawn: Sampled) -> Sampled:
+        forced = self._requests[sequence.request_id].forced
+        return drawn if forced is None else Sampled(forced[len(sequence.output_token_ids)])
+
+
+class Loader:
+    """Two workers, as the server has."""
+
+    def __init__(self, read: Callable[[str], PackedAdapter]) -> None:
+        self.workers = ThreadPoolExecutor(2)
+        self._read = read
+
+    def read(self, digest: str) -> "Future[PackedAdapter]":
+        return self.workers.submit(self._read, digest)
+
+    def run(self, work: Callable[[], None]) -> "Future[None]":
+        return self.workers.submit(work)
+
+
+class Steps:
+    """An observer that remembers every step."""
+
+    def __init__(self) -> None:
+        self.records: list[StepRecord] = []
+
+    def on_step(self, record: StepRecord) -> None:
+        self.records.append(record)
+
+    def on_state(self, state: EngineState) -> None: ...
+
+    def on_load(self, digest: str, seconds: float, error: RequestError | None) -> None:
+        assert error is None
+
+
+class Harness:
+    """The engine as the server builds it, anew for every run around the same decoder."""
+
+    NUM_BLOCKS = 640
+
+    def __init__(self, decoder: Decoder, ops: Ops, folders: Folders) -> None:
+        self._decoder = decoder
+        self._ops = ops
+        self._folders = folders
+        self._block = block_shape(decoder.config, decoder.dtype, decoder.dtype)
+        self._linears = {s.name: BaseLinear(*s) for s in decoder.config.linears()}
+        self._adapters: dict[str, str] = {}  # by digest
+        self._packed: dict[str, PackedAdapter] = {}  # by digest
+
+    def with_ops(self, ops: Ops) -> "Harness":
+        return Harness(self._decoder, ops, self._folders)
+
+    def run(
+        self, requests: Sequence[Request], max_step_tokens: int = 256
+    ) -> tuple[list[Answer], list[StepRecord]]:
+        """All requests at once; each one's answer, and the record of every step."""
+        return asyncio.run(self._run(requests, max_step_tokens))
+
+    async def _run(
+        self, requests: Sequence[Request], max_step_tokens: int
+    ) -> tuple[list[Answer], list[StepRecord]]:
+        named = {f"request {index}": request for index, request in enumerate(requests)}
+        decoder = RecordingDecoder(self._decoder)
+        config = RunnerConfig(self.NUM_BLOCKS, BATCH, MAX_RANK, CPU)
+        runner = RecordingRunner(ModelRunner(decoder, self._ops, config), decoder, named)
+        arena = Arena(self.NUM_BLOCKS)
+        scheduler = Scheduler(
+            arena,
+            AdapterPool(arena, BATCH),
+            SchedulerConfig(self._block.tokens, BATCH, max_step_tokens),
+        )
+        loader = Loader(self._pack)
+        steps = Steps()
+        engine = Engine(scheduler, runner, loader, steps, EngineConfig(max_live=len(named)))
+        engine.start()
+        try:
+            tokens = await asyncio.gather(*(self._ask(engine, *item) for item in named.items()))
+        finally:
+            await engine.stop()
+            loader.workers.shutdown()
+        scheduler.check_integrity()
+        assert arena.count(Use.KV) == 0, "KV blocks leaked"
+        logits = [torch.cat(runner.logits[request_id]) for request_id in named]
+        return list(map(Answer, tokens, logits)), steps.records
+
+    async def _ask(self, engine: Engine[Any], request_id: str, request: Request) -> list[int]:
+        digest = None if request.adapter is None else digest_of(request.adapter)
+        if digest is not None and request.adapter is not None:
+            self._adapters[digest] = request.adapter
+        stop = StopParams(request.max_tokens)
+        sequence = EngineSequence(request_id, request.prompt, request.sampling, stop, digest)
+        tokens: list[int] = []
+        async for event in engine.submit(sequence):
+            if isinstance(event, Tokens):
+                tokens += event.token_ids
+        return tokens
+
+    def _pack(self, digest: str) -> PackedAdapter:
+        if digest not in self._packed:
+            folder = self._folders(self._adapters[digest])
+            config = read_config((folder / "adapter_config.json").read_text(), MAX_RANK)
+            weights = folder / "adapter_model.safetensors"
+            spec = read_adapter(weights, config, self._linears, MAX_RANK)
+            layout = Layout(self._block.size, self._decoder.dtype)
+            self._packed[digest] = pack(weights, spec, layout)
+        return self._packed[digest]
