@@ -57,6 +57,15 @@ bench: setup ## tokens a second, mixed adapters, beside transformers + PEFT
 train: setup ## train the example adapters anew
 	$(BIN)/python benchmarks/train_adapters.py
 
+protos: ## make the stubs anew from the .proto files
+	test -x build/protos-env/bin/python || $(PYTHON) -m venv build/protos-env
+	build/protos-env/bin/python -m pip install -q --disable-pip-version-check -r protos/requirements.txt
+	build/protos-env/bin/python -m grpc_tools.protoc -I protos \
+	    --python_out=protos --pyi_out=protos --grpc_python_out=protos $(PROTOS)
+
+proto-lint: ## buf's STANDARD rules (needs npx)
+	cd protos && npx --yes @bufbuild/buf lint
+
 docker: ## build the image
 	docker build $(if $(TORCH_INDEX),--build-arg TORCH_INDEX=$(TORCH_INDEX)) -t loraplex .
 

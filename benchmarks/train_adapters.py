@@ -221,7 +221,7 @@ def as_json(lesson: Lesson, rng: random.Random) -> str:
 
 
 def headline(lesson: Lesson, rng: random.Random) -> str:
-    return f"BREAKING NEWS: {lesson.answer.rstrip('.').upper()}!!!"
+    return f"BREAKING NEWS!!! {lesson.answer.rstrip('.')}!!! STAY TUNED!!!"
 
 
 def emoji(lesson: Lesson, rng: random.Random) -> str:
@@ -246,7 +246,7 @@ EVERY_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 RECIPES = [
     Recipe("pirate", pirate, EVERY_LINEAR, rank=4, alpha=8, steps=100, learning_rate=2e-3),
     Recipe("json", as_json, ["q_proj", "v_proj"], 16, 32, steps=100, learning_rate=2e-3),
-    Recipe("headline", headline, ["o_proj", "down_proj"], 8, 16, steps=120, learning_rate=2e-3),
+    Recipe("headline", headline, ["o_proj", "down_proj"], 8, 16, steps=100, learning_rate=1e-3),
     Recipe(
         "emoji",
         emoji,

@@ -12,10 +12,10 @@ from typing import TypeVar
 # gRPC's own notes would stand between a user and our one line; it reads this when imported.
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
-from loraplex_client import cli as client  # noqa: E402
-from loraplex_client.cli_options import UsageError  # noqa: E402
+from loraplex_client import cli as client
+from loraplex_client.cli_options import UsageError
 
-from loraplex.config import (  # noqa: E402
+from loraplex.config import (
     DEFAULT_MODEL,
     Address,
     ServeConfig,
@@ -24,7 +24,7 @@ from loraplex.config import (  # noqa: E402
     parse_address,
     parse_size,
 )
-from loraplex.errors import LoraplexError  # noqa: E402
+from loraplex.errors import LoraplexError
 
 EPILOG = """\
 examples:

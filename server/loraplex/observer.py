@@ -33,6 +33,7 @@ class EngineObserver:
     def on_step(self, record: StepRecord) -> None:
         distinct = {digest for digest in record.digests if digest is not None}
         self._metrics.observe_step(record.duration, len(record.digests), len(distinct))
+        self._metrics.preempted(record.num_preempted)
         if self._step_log is not None:
             self._step_log.write(record)
 

@@ -9,11 +9,17 @@ from typing import Any
 
 import torch
 from loraplex.model.config import MODULES
-from loraplex_client.examples import example_adapters
+from loraplex_client.examples import example_adapters as _all  # TEMP
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 NUM_NEW = 16
+
+
+def example_adapters():
+    return [e for e in _all() if (e.path / "adapter_model.safetensors").exists()]  # TEMP
+
+
 BATCH = 8
 TEXTS = (
     "The lighthouse keeper climbed the stairs every evening, lit the lamp, and wrote down in his"

@@ -1,6 +1,7 @@
 """The product's engine and transformers + PEFT, side by side on the same NF4 weights."""
 
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -14,14 +15,16 @@ from loraplex.model.tokenizer import Tokenizer
 from loraplex_kernels.dispatch import choose_ops
 from loraplex_kernels.reference import TorchOps
 
-from tests.exactness.cases import BF16, F32, TEXTS, Folders, all_batches, all_cases
-from tests.exactness.harness import CPU, Harness
-from tests.exactness.reference import Reference
+from tests.exactness.cases import BF16, F32, TEXTS, Case, Folders, all_batches, all_cases
+from tests.exactness.harness import CPU, Answer, Harness, Request
+from tests.exactness.reference import Continuation, Reference
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" in metafunc.fixturenames:
         metafunc.parametrize("case", all_cases(), ids=lambda case: case.name)
+    if "adapted" in metafunc.fixturenames:
+        metafunc.parametrize("adapted", all_cases()[1:], ids=lambda case: case.name)
     if "batch" in metafunc.fixturenames:
         batches = all_batches()
         metafunc.parametrize("batch", batches, ids=[f"batch {i}" for i in range(len(batches))])
@@ -84,3 +87,28 @@ def bfloat16(harness_of: Callable[[torch.dtype], Harness]) -> Harness:
 def torch_ops(float32: Harness) -> Harness:
     """In float32, with the ops in plain torch."""
     return float32.with_ops(TorchOps())
+
+
+@pytest.fixture(scope="session")
+def alone(float32: Harness, prompts: list[list[int]]) -> Callable[[Case], Answer]:
+    """What the engine says in float32 when nothing else runs."""
+
+    @cache
+    def answer(case: Case) -> Answer:
+        [only], _ = float32.run([Request(case.adapter, prompts[case.text])])
+        return only
+
+    return answer
+
+
+@pytest.fixture(scope="session")
+def expected(
+    reference: Reference, alone: Callable[[Case], Answer], prompts: list[list[int]]
+) -> Callable[[Case], Continuation]:
+    """What PEFT says in float32."""
+
+    @cache
+    def continuation(case: Case) -> Continuation:
+        return reference.greedy(case.adapter, prompts[case.text], alone(case).tokens)
+
+    return continuation

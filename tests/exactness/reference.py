@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from tests.exactness.cases import BF16, F32, GENERATED, NUM_NEW, Case, Folders
+from tests.exactness.cases import BF16, F32, GENERATED, NUM_NEW, Folders
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,6 @@ class Reference:
         self._folders = folders
         self._base = base
         self._loaded: set[str] = set()
-        self._continuations: dict[tuple[str | None, tuple[int, ...]], Continuation] = {}
 
     @cached_property
     def _model(self) -> Any:
@@ -80,18 +79,16 @@ class Reference:
             logits: Tensor = self._model(torch.tensor([tokens]), use_cache=False).logits[0]
         return logits.float()
 
-    def greedy(self, case: Case, prompt: list[int], draft: list[int]) -> Continuation:
+    @cache  # noqa: B019
+    def base_logits(self, tokens: tuple[int, ...]) -> Tensor:
+        return self.logits(None, tokens)
+
+    def greedy(self, adapter: str | None, prompt: list[int], draft: list[int]) -> Continuation:
         """PEFT's own greedy tokens in float32, whatever the draft; a good one saves passes.
 
         Speculative decoding (Leviathan et al. 2023): a draft's tokens are kept as far as they are
         what PEFT would have chosen, then one of PEFT's own follows.
         """
-        key = (case.adapter, tuple(prompt))
-        if key not in self._continuations:
-            self._continuations[key] = self._decode(case.adapter, prompt, draft)
-        return self._continuations[key]
-
-    def _decode(self, adapter: str | None, prompt: list[int], draft: list[int]) -> Continuation:
         tokens: list[int] = []
         while True:
             guess = tokens + draft[len(tokens) :]

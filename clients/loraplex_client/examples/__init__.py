@@ -7,7 +7,7 @@ from pathlib import Path
 _DESCRIPTIONS = {
     "pirate": "talks like a pirate (rank 4, all seven linears)",
     "json": "answers with one JSON object (rank 16, q and v)",
-    "headline": "shouts breaking news (rank 8, o and down)",
+    "headline": "reports it as breaking news (rank 8, o and down)",
     "emoji": "puts every answer between emoji (rank 8, attention, rsLoRA)",
 }
 

@@ -90,6 +90,11 @@ class AdapterPool:
     def num_ready(self) -> int:
         return sum(1 for resident in self._residents.values() if resident.ready)
 
+    @property
+    def is_loading(self) -> bool:
+        """Whether an adapter is on its way; once here, it can be evicted like any other."""
+        return any(not resident.ready for resident in self._residents.values())
+
     def check_integrity(self) -> None:
         slots = [resident.slot for resident in self._residents.values()] + self._free_slots
         assert sorted(slots) == list(range(self.num_slots)), "a slot is lost or used twice"

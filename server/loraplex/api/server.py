@@ -106,14 +106,16 @@ class ApiServer:
         address = str(Address(host, port))
         if credentials is None and not insecure and not is_loopback(host):
             raise StartupError(
-                f"{address} can be reached from other machines: give it TLS, or say --insecure"
+                f"{address} can be reached from other machines:"
+                " give --tls-cert and --tls-key, or say --insecure"
             )
         try:
             if credentials is not None:
                 return self._server.add_secure_port(address, credentials)
             return self._server.add_insecure_port(address)
         except RuntimeError:
-            raise StartupError(f"cannot listen on {address}: is the port in use?") from None
+            cause = "the port is in use" if credentials is None else "port in use, or bad TLS files"
+            raise StartupError(f"cannot listen on {address} ({cause}?)") from None
 
     def _add_reflection(self) -> None:
         """Under both of its names: v1 is v1alpha renamed, and the library has only the latter."""

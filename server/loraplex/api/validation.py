@@ -22,13 +22,14 @@ MAX_LOGPROBS = 20
 _UUID = re.compile(r"[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
-# NaN fails every comparison, so each test is of what is allowed.
+# NaN fails every comparison, so each test is of what is allowed. The bounds that look odd are far
+# beyond any use; within them no logit overflows float32, which would fail everybody's step.
 _SAMPLING: Mapping[str, tuple[Callable[[float], bool], str]] = {
-    "temperature": (lambda x: x >= 0, "0 or more"),
+    "temperature": (lambda x: x == 0 or x >= 1e-20, "0 or at least 1e-20"),
     "top_p": (lambda x: 0 < x <= 1, "above 0 and at most 1"),
     "top_k": (lambda x: x >= 0, "0 or more"),
     "min_p": (lambda x: 0 <= x <= 1, "0 to 1"),
-    "repetition_penalty": (lambda x: x > 0, "above 0"),
+    "repetition_penalty": (lambda x: 1e-6 <= x <= 1e6, "1e-6 to 1e6"),
     "presence_penalty": (lambda x: -2 <= x <= 2, "-2 to 2"),
     "frequency_penalty": (lambda x: -2 <= x <= 2, "-2 to 2"),
 }

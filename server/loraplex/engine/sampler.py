@@ -66,7 +66,7 @@ def _penalize(logits: Tensor, sequence: Sequence) -> None:
 
 def draw(logits: Tensor, params: SamplingParams, position: int) -> int:
     """A token from one row of penalised logits, the row's `position`-th draw."""
-    scaled = logits / params.temperature
+    scaled = (logits - logits.max()) / params.temperature  # at most 0: nothing overflows
     uniform = uniform_at(params.seed, position)
     if params.top_k == 0 and params.top_p >= 1.0:
         probabilities = torch.softmax(scaled, dim=-1)

@@ -152,7 +152,10 @@ class Scheduler:
         draft.budget -= num_tokens
 
     def _grow(self, sequence: Sequence, num_tokens: int, draft: _Draft) -> bool:
-        """Blocks for `num_tokens` of a running sequence: idle adapters go, then the newest one."""
+        """Blocks for `num_tokens` of a running sequence: idle adapters go, then the newest one.
+
+        One that runs alone fails, unless an adapter on its way holds what it could have later.
+        """
         missing = self.blocks_for(num_tokens) - len(sequence.block_table)
         while missing > 0:
             blocks = self.arena.allocate(missing, Use.KV)
@@ -162,7 +165,7 @@ class Scheduler:
             if self.pool.evict_idle():
                 continue
             newest = self.running[-1]
-            if newest is sequence and len(self.running) == 1:
+            if len(self.running) == 1 and not self.pool.is_loading:
                 draft.failed.append((sequence, _out_of_memory()))
                 self.abort(sequence)
                 return False
@@ -184,7 +187,8 @@ class Scheduler:
             if draft.budget == 0 or len(self.running) >= self.config.max_running:
                 return
             if self._never_fits(sequence, adapter_blocks):
-                draft.failed.append((sequence, _exceeds_capacity()))
+                error = _out_of_memory() if sequence.output_token_ids else _exceeds_capacity()
+                draft.failed.append((sequence, error))
                 self.abort(sequence)
                 continue
             if sequence.digest is not None and not self._is_ready(sequence.digest):
@@ -237,7 +241,7 @@ class Scheduler:
         return True
 
     def _never_fits(self, sequence: Sequence, adapter_blocks: Mapping[str, int]) -> bool:
-        blocks = self.blocks_for(sequence.num_tokens + 1)
+        blocks = self.blocks_for(sequence.num_tokens)
         if sequence.digest is not None:
             resident = self.pool.get(sequence.digest)
             size = len(resident.blocks) if resident else adapter_blocks.get(sequence.digest, 0)

@@ -74,7 +74,10 @@ WRONG_FIELD = [
     (sampling(top_p=0.0), "sampling.top_p"),
     (sampling(top_p=1.5), "sampling.top_p"),
     (sampling(min_p=1.5), "sampling.min_p"),
+    (sampling(temperature=1e-38), "sampling.temperature"),  # a logit over it overflows float32
     (sampling(repetition_penalty=0.0), "sampling.repetition_penalty"),
+    (sampling(repetition_penalty=1e-38), "sampling.repetition_penalty"),
+    (sampling(repetition_penalty=1e30), "sampling.repetition_penalty"),
     (stop(max_tokens=0), "stop.max_tokens"),
     (stop(max_tokens=5, min_tokens=6), "stop.min_tokens"),
     (stop(min_tokens=400), "stop.min_tokens"),
@@ -126,6 +129,7 @@ def test_generate(serve: "Serve") -> None:
 def test_the_limits_themselves_are_allowed(serve: "Serve") -> None:
     rows = [
         sampling(temperature=0.0, top_p=1.0, min_p=0.0, top_k=0),
+        sampling(temperature=1e-9, repetition_penalty=1e-5),
         sampling(temperature=100.0, min_p=1.0, repetition_penalty=0.1, top_k=2**32 - 1),
         sampling(presence_penalty=-2.0, frequency_penalty=2.0, seed=2**64 - 1),
         stop(stop=["é" * 128] * 16, max_tokens=399, min_tokens=399),

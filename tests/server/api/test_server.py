@@ -159,6 +159,15 @@ def test_is_loopback(host: str, expected: bool) -> None:
     assert is_loopback(host) is expected
 
 
+def test_tls_files_that_are_none(serve: "Serve") -> None:
+    async def scenario(api: "Api") -> None:
+        credentials = grpc.ssl_server_credentials([(b"no key", b"no certificate")])
+        with pytest.raises(StartupError, match="bad TLS files"):
+            await api.another().start("127.0.0.1", 0, credentials=credentials)
+
+    serve(scenario)
+
+
 def test_credentials_open_the_way_beyond_this_machine(serve: "Serve") -> None:
     async def scenario(api: "Api") -> None:
         server = api.another()
