@@ -40,7 +40,7 @@ def _server(store: Path, steps: Path) -> Iterator[str]:
     """A `loraplex serve` in a process of its own; yields its address once it is ready."""
     command = [sys.executable, "-m", "loraplex.cli", "serve", "--listen", "127.0.0.1:0"]
     command += ["--metrics", "off", "--store", str(store), "--step-log", str(steps)]
-    command += ["--log-level", "warning"]
+    command += ["--memory", "512M", "--log-level", "warning"]
     log = store.with_name("server.log")
     on_terminal = sys.stderr.isatty()  # then its progress bars may show
     with log.open("w") as log_file:

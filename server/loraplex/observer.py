@@ -1,6 +1,8 @@
 """What the engine tells of its steps, as metrics and as the step-by-step record."""
 
 import json
+import logging
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TextIO
@@ -9,18 +11,32 @@ from loraplex.engine.engine import EngineState, StepRecord
 from loraplex.errors import RequestError
 from loraplex.metrics import Metrics
 
+log = logging.getLogger(__name__)
+
 
 class StepLog:
-    """One JSON line a forward pass: who shared it, with which adapter versions, how many tokens."""
+    """One JSON line a forward pass: who shared it, with which adapter versions, how many tokens.
+
+    A disk that fails ends the record, never the engine that writes it.
+    """
 
     def __init__(self, path: Path) -> None:
-        self._file: TextIO = path.open("w", encoding="utf-8", buffering=1)
+        self._file: TextIO | None = path.open("w", encoding="utf-8", buffering=1)
 
     def write(self, record: StepRecord) -> None:
-        self._file.write(json.dumps(asdict(record)) + "\n")
+        if self._file is None:
+            return
+        try:
+            self._file.write(json.dumps(asdict(record)) + "\n")
+        except OSError as error:
+            log.warning("the step log ends here: %s", error)
+            self.close()
 
     def close(self) -> None:
-        self._file.close()
+        file, self._file = self._file, None
+        if file is not None:
+            with suppress(OSError):
+                file.close()
 
 
 class EngineObserver:

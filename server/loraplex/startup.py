@@ -110,6 +110,11 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be taken there."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_host_memory()
+
+
 def free_host_memory() -> int:
     """Bytes that can be taken without swapping."""
     try:
@@ -145,10 +150,15 @@ def _weight_form(model: ModelConfig, device: torch.device, dtype: torch.dtype) -
 
 
 def plan_memory(config: ServeConfig, base: Base) -> Memory:
-    """The arena's size; StartupError when not even one short request would fit."""
+    """The arena's size; StartupError when it cannot be had, or not one short request would fit."""
     dtype = base.decoder.dtype
     block = block_shape(base.config, dtype, dtype)
-    size = config.memory if config.memory is not None else _default_memory(base.device)
+    free = free_memory(base.device)
+    size = config.memory if config.memory is not None else _default_memory(base.device, free)
+    if size > free:
+        raise StartupError(
+            f"--memory {format_size(size)} cannot be had: {format_size(free)} are free"
+        )
     num_blocks = size // block.size
     if num_blocks < 2:
         raise StartupError(
@@ -158,11 +168,8 @@ def plan_memory(config: ServeConfig, base: Base) -> Memory:
     return Memory(num_blocks, block)
 
 
-def _default_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(free * 0.85)
-    return min(free_host_memory() // 4, MAX_CPU_ARENA)
+def _default_memory(device: torch.device, free: int) -> int:
+    return int(free * 0.85) if device.type == "cuda" else min(free // 4, MAX_CPU_ARENA)
 
 
 def build_scheduler(config: ServeConfig, memory: Memory) -> Scheduler:

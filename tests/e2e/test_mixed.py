@@ -1,4 +1,4 @@
-"""Requests for different adapters at the same time: they share passes, and none feels the others."""
+"""Requests for different adapters at the same time: they share passes, and none feels it."""
 
 import asyncio
 from collections.abc import Mapping, Sequence
@@ -86,7 +86,7 @@ def test_a_mixed_stream_says_what_it_says_alone(
 
         def ask(index: int) -> Completion:
             prompt = PROMPTS[index % len(PROMPTS)]
-            return client.complete(prompt, names[index], max_tokens=10, temperature=0.0)
+            return client.complete(prompt, names[index], max_tokens=8, temperature=0.0)
 
         alone = [ask(index) for index in range(len(names))]
         with ThreadPoolExecutor(len(names)) as pool:
@@ -108,7 +108,7 @@ def test_a_seed_gives_the_same_tokens_alone_and_in_a_crowd(
         def draw(request: tuple[str, int]) -> tuple[int, ...]:
             name, seed = request
             return client.complete(
-                PROMPTS[1], name, max_tokens=10, temperature=1.2, top_p=0.95, seed=seed
+                PROMPTS[1], name, max_tokens=8, temperature=1.2, top_p=0.95, seed=seed
             ).token_ids
 
         wanted = [("", 7), ("eight", 7), ("eight", 8)]

@@ -2,29 +2,25 @@
 
 import hashlib
 import shutil
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from loraplex.model.config import MODULES
-from loraplex_client.examples import example_adapters as _all  # TEMP
+from loraplex_client.examples import example_adapters
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 NUM_NEW = 16
-
-
-def example_adapters():
-    return [e for e in _all() if (e.path / "adapter_model.safetensors").exists()]  # TEMP
-
-
 BATCH = 8
 TEXTS = (
     "The lighthouse keeper climbed the stairs every evening, lit the lamp, and wrote down in his"
     " book which ships had passed before the fog came in",
-    "<|im_start|>user\nTell me about the ocean and the animals that live in it.<|im_end|>\n"
+    "<|im_start|>user\nTell me about the ocean and the animals that live in it, please.<|im_end|>\n"
     "<|im_start|>assistant\n",
     "Question: What is the capital of France, and which river flows through it? Give a short"
     " answer.\nAnswer:",
@@ -111,12 +107,21 @@ def all_batches() -> list[list[Case]]:
     return [[*adapters[i : i + others], base] for i in range(0, len(adapters), others)]
 
 
+@contextmanager
+def peft_as_it_is() -> Iterator[None]:
+    """PEFT 0.21 asks transformers 5 for a property by its former name."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        yield
+
+
 def generate_adapter(generated: Generated, base: Path, folder: Path, seed: int) -> None:
     """Saved by PEFT, on a base without weights."""
     options: dict[str, Any] = {"target_modules": list(MODULES), "task_type": "CAUSAL_LM"}
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base))
-    model = get_peft_model(skeleton, LoraConfig(**options | dict(generated.config)))
+    with peft_as_it_is():
+        model = get_peft_model(skeleton, LoraConfig(**options | dict(generated.config)))
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
         if not getattr(module, "lora_A", None):

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -109,6 +110,7 @@ class Steps:
 
     def __init__(self) -> None:
         self.records: list[StepRecord] = []
+        self.errors: list[RequestError] = []
 
     def on_step(self, record: StepRecord) -> None:
         self.records.append(record)
@@ -116,7 +118,7 @@ class Steps:
     def on_state(self, state: EngineState) -> None: ...
 
     def on_load(self, digest: str, seconds: float, error: RequestError | None) -> None:
-        assert error is None
+        self.errors += [error] if error is not None else []
 
 
 class Harness:
@@ -130,7 +132,7 @@ class Harness:
         self._folders = folders
         self._block = block_shape(decoder.config, decoder.dtype, decoder.dtype)
         self._linears = {s.name: BaseLinear(*s) for s in decoder.config.linears()}
-        self._adapters: dict[str, str] = {}  # by digest
+        self._adapters: dict[str, Path] = {}  # by digest
         self._packed: dict[str, PackedAdapter] = {}  # by digest
 
     def with_ops(self, ops: Ops) -> "Harness":
@@ -140,6 +142,8 @@ class Harness:
         self, requests: Sequence[Request], max_step_tokens: int = 256
     ) -> tuple[list[Answer], list[StepRecord]]:
         """All requests at once; each one's answer, and the record of every step."""
+        adapters = {request.adapter for request in requests if request.adapter is not None}
+        self._adapters |= {digest_of(adapter): self._folders(adapter) for adapter in adapters}
         return asyncio.run(self._run(requests, max_step_tokens))
 
     async def _run(
@@ -164,6 +168,7 @@ class Harness:
         finally:
             await engine.stop()
             loader.workers.shutdown()
+        assert not steps.errors, "an adapter was not loaded"
         scheduler.check_integrity()
         assert arena.count(Use.KV) == 0, "KV blocks leaked"
         logits = [torch.cat(runner.logits[request_id]) for request_id in named]
@@ -171,8 +176,6 @@ class Harness:
 
     async def _ask(self, engine: Engine[Any], request_id: str, request: Request) -> list[int]:
         digest = None if request.adapter is None else digest_of(request.adapter)
-        if digest is not None and request.adapter is not None:
-            self._adapters[digest] = request.adapter
         stop = StopParams(request.max_tokens)
         sequence = EngineSequence(request_id, request.prompt, request.sampling, stop, digest)
         tokens: list[int] = []
@@ -183,7 +186,7 @@ class Harness:
 
     def _pack(self, digest: str) -> PackedAdapter:
         if digest not in self._packed:
-            folder = self._folders(self._adapters[digest])
+            folder = self._adapters[digest]
             config = read_config((folder / "adapter_config.json").read_text(), MAX_RANK)
             weights = folder / "adapter_model.safetensors"
             spec = read_adapter(weights, config, self._linears, MAX_RANK)

@@ -14,7 +14,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from tests.exactness.cases import BF16, F32, GENERATED, NUM_NEW, Folders
+from tests.exactness.cases import BF16, F32, GENERATED, NUM_NEW, Folders, peft_as_it_is
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,8 @@ class Reference:
             weight.data = nf4.quantize(weight.data).dequantize()
         first = next(iter(GENERATED))
         self._loaded.add(first)
-        return PeftModel.from_pretrained(model, self._folders(first), adapter_name=first).eval()
+        with peft_as_it_is():
+            return PeftModel.from_pretrained(model, self._folders(first), first).eval()
 
     @cached_property
     def _weights(self) -> dict[torch.dtype, list[tuple[Any, Tensor]]]:

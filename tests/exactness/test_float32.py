@@ -2,14 +2,18 @@
 
 from collections.abc import Callable, Sequence
 
+from loraplex_kernels.native.ops import LONG_SEGMENT
 from torch import Tensor
 
 from tests.exactness.cases import Case, all_batches, all_cases, digest_of
 from tests.exactness.harness import Answer, Harness, Request
 from tests.exactness.reference import Continuation, Reference
 
-TOLERANCE = 1e-3
-"""Of max |logit|: how far a logit may be off, and the gap below which a token may differ."""
+TOLERANCE = 1e-4
+"""Of max |logit|: how far a logit may be off. 2e-6 was measured; adapters in bf16 give 5e-4."""
+
+NEAR_TIE = 1e-3
+"""Of max |logit|: the gap below which the second most likely token may be said as well."""
 
 Expected = Callable[[Case], Continuation]
 
@@ -22,14 +26,15 @@ def compare(case: Case, answer: Answer, expected: Continuation, prompt: Sequence
     """Prompt logits all, then tokens up to the first that a near tie excuses; prints the error."""
     same = len(prompt)
     error = relative_error(answer.logits[:same], expected.logits[:same])
-    nearly_tied = sum(gap < TOLERANCE * expected.largest for gap in expected.gaps)
+    nearly_tied = sum(gap < NEAR_TIE * expected.largest for gap in expected.gaps)
     print(f"{case.name}: relative logit error {error:.1e}, near ties {nearly_tied}")
     assert error < TOLERANCE
-    for index, (ours, theirs) in enumerate(zip(answer.tokens, expected.tokens, strict=True)):
+    for index, (ours, theirs) in enumerate(zip(answer.tokens, expected.tokens, strict=False)):
         if ours != theirs:
-            assert expected.gaps[index] < TOLERANCE * expected.largest, f"token {index}"
+            assert expected.gaps[index] < NEAR_TIE * expected.largest, f"token {index}"
             return
-    assert relative_error(answer.logits, expected.logits) < TOLERANCE
+    rows = len(answer.logits)
+    assert relative_error(answer.logits, expected.logits[:rows]) < TOLERANCE
 
 
 def test_every_adapter_visibly_changes_the_output(
@@ -70,20 +75,21 @@ def test_eight_at_once_in_plain_torch(
     torch_ops: Harness, expected: Expected, prompts: list[list[int]]
 ) -> None:
     batch = all_batches()[0]
-    answers, _ = torch_ops.run([Request(case.adapter, prompts[case.text]) for case in batch])
+    requests = [Request(case.adapter, prompts[case.text], max_tokens=5) for case in batch]
+    answers, _ = torch_ops.run(requests)
     for case, answer in zip(batch, answers, strict=True):
         compare(case, answer, expected(case), prompts[case.text])
 
 
 def test_long_prompts(float32: Harness, reference: Reference, prompts: list[list[int]]) -> None:
     """Long enough for the forms of the ops that take many rows of one adapter at a time."""
-    names = ("base", "rank 1", "rank 64", "patterns, rsLoRA")
+    names = ("rank 64", "patterns, rsLoRA")
     cases = [case for case in all_cases() if case.name in names]
-    prompt = (sum(prompts, []) * 2)[:140]
+    prompt = [token for prompt in prompts for token in prompt] + prompts[0]
     requests = [Request(case.adapter, prompt, max_tokens=1) for case in cases]
-    answers, steps = float32.run(requests, max_step_tokens=450)
+    answers, steps = float32.run(requests)
     for case, answer in zip(cases, answers, strict=True):
         error = relative_error(answer.logits, reference.logits(case.adapter, prompt))
         print(f"{case.name}: relative logit error {error:.1e} over {len(prompt)} tokens")
         assert error < TOLERANCE
-    assert any(sum(step.num_tokens) > 280 for step in steps)
+    assert max(max(step.num_tokens) for step in steps) > LONG_SEGMENT

@@ -197,14 +197,14 @@ class Engine(Generic[P]):
             self._fetch(digest)
         for load in step.loads:
             self._copy(load)
-        events: list[tuple[str, Event]] = [self._fail(s, error) for s, error in step.failed]
+        events: list[tuple[Sequence, Event]] = [self._fail(s, error) for s, error in step.failed]
         if step.rows:
             events += self._run_step(step, started)
         if events:
             self._loop.call_soon_threadsafe(self._deliver, events)
         return bool(step.rows)
 
-    def _run_step(self, step: Step, started: float) -> list[tuple[str, Event]]:
+    def _run_step(self, step: Step, started: float) -> list[tuple[Sequence, Event]]:
         wall = time.time()
         try:
             sampled = self._runner.run(step.rows)
@@ -230,7 +230,7 @@ class Engine(Generic[P]):
         self._observer.on_state(self._state())
         return [event for outcome in outcomes for event in self._events_of(outcome, now)]
 
-    def _events_of(self, outcome: Outcome, now: float) -> list[tuple[str, Event]]:
+    def _events_of(self, outcome: Outcome, now: float) -> list[tuple[Sequence, Event]]:
         sequence = outcome.sequence
         if outcome.token_id is None:
             who = f"adapter {sequence.adapter_id}" if sequence.digest else "the base model"
@@ -238,22 +238,20 @@ class Engine(Generic[P]):
                 self._fail(sequence, RequestError("NAN_LOGITS", f"{who} gave no finite logits"))
             ]
         logprobs = () if outcome.logprobs is None else (outcome.logprobs,)
-        events: list[tuple[str, Event]] = [
-            (sequence.request_id, Tokens((outcome.token_id,), logprobs))
-        ]
+        events: list[tuple[Sequence, Event]] = [(sequence, Tokens((outcome.token_id,), logprobs))]
         if outcome.finish is not None:
             del self._live[sequence.request_id]
             stopped = outcome.token_id in sequence.stop.stop_token_ids
             stop_token = outcome.token_id if stopped else None
             finished = Finished(outcome.finish, stop_token, 0, sequence.timings(now))
-            events.append((sequence.request_id, finished))
+            events.append((sequence, finished))
         return events
 
-    def _fail(self, sequence: Sequence, error: RequestError) -> tuple[str, Event]:
+    def _fail(self, sequence: Sequence, error: RequestError) -> tuple[Sequence, Event]:
         self._live.pop(sequence.request_id, None)
         if sequence.phase is not Phase.FINISHED:
             self._scheduler.abort(sequence)
-        return sequence.request_id, error
+        return sequence, error
 
     def _add(self, sequence: Sequence) -> None:
         self._live[sequence.request_id] = sequence
@@ -322,10 +320,11 @@ class Engine(Generic[P]):
             resident_adapters=scheduler.pool.num_ready,
         )
 
-    def _deliver(self, events: Seq[tuple[str, Event]]) -> None:
-        for request_id, event in events:
-            stream = self._streams.get(request_id)
-            if stream is not None:
+    def _deliver(self, events: Seq[tuple[Sequence, Event]]) -> None:
+        for sequence, event in events:
+            stream = self._streams.get(sequence.request_id)
+            # An aborted request's id may belong to another one by now.
+            if stream is not None and stream.sequence is sequence:
                 stream.push(event)
                 if not isinstance(event, Tokens):
-                    self._streams.pop(request_id, None)
+                    self._streams.pop(sequence.request_id, None)

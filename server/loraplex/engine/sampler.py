@@ -17,6 +17,9 @@ from loraplex.engine.sequence import Logprobs, SamplingParams, Sequence
 CANDIDATES = 256
 """So many most likely tokens are sorted at first; a row that needs more gets a full sort."""
 
+MIN_TEMPERATURE = 1e-30
+"""Below, the most likely token alone is left anyway."""
+
 
 def sample(logits: Tensor, sequences: Seq[Sequence]) -> list[Sampled]:
     """One token a row; a row that is not finite fails. logits fp32 [rows, vocab], overwritten."""
@@ -45,8 +48,10 @@ def _constrain(logits: Tensor, sequence: Sequence) -> None:
     """Penalties, and no stop token before min_tokens; in place, for one row."""
     if sequence.sampling.has_penalties:
         _penalize(logits, sequence)
-    if len(sequence.output_token_ids) < sequence.stop.min_tokens:
-        logits[list(sequence.stop.stop_token_ids)] = -torch.inf
+    stops = sequence.stop.stop_token_ids
+    # A request may name the whole vocabulary; then there is no other token to draw.
+    if len(sequence.output_token_ids) < sequence.stop.min_tokens and len(stops) < len(logits):
+        logits[list(stops)] = -torch.inf
 
 
 def _penalize(logits: Tensor, sequence: Sequence) -> None:
@@ -56,7 +61,9 @@ def _penalize(logits: Tensor, sequence: Sequence) -> None:
         seen = torch.tensor(sorted({*sequence.prompt_token_ids, *output}), device=logits.device)
         scores = logits[seen]
         factor = params.repetition_penalty
-        logits[seen] = torch.where(scores > 0, scores / factor, scores * factor)
+        largest = torch.finfo(scores.dtype).max
+        scores = torch.where(scores > 0, scores / factor, scores * factor)
+        logits[seen] = scores.clamp(-largest, largest)
     if output and (params.presence_penalty or params.frequency_penalty):
         counted = Counter(output)
         seen = torch.tensor(list(counted), device=logits.device)
@@ -66,7 +73,8 @@ def _penalize(logits: Tensor, sequence: Sequence) -> None:
 
 def draw(logits: Tensor, params: SamplingParams, position: int) -> int:
     """A token from one row of penalised logits, the row's `position`-th draw."""
-    scaled = (logits - logits.max()) / params.temperature  # at most 0: nothing overflows
+    # At most 0, and a divisor whose reciprocal is finite: nothing overflows.
+    scaled = (logits - logits.max()) / max(params.temperature, MIN_TEMPERATURE)
     uniform = uniform_at(params.seed, position)
     if params.top_k == 0 and params.top_p >= 1.0:
         probabilities = torch.softmax(scaled, dim=-1)

@@ -187,8 +187,7 @@ class Scheduler:
             if draft.budget == 0 or len(self.running) >= self.config.max_running:
                 return
             if self._never_fits(sequence, adapter_blocks):
-                error = _out_of_memory() if sequence.output_token_ids else _exceeds_capacity()
-                draft.failed.append((sequence, error))
+                draft.failed.append((sequence, _exceeds_capacity()))
                 self.abort(sequence)
                 continue
             if sequence.digest is not None and not self._is_ready(sequence.digest):

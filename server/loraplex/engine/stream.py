@@ -24,7 +24,7 @@ class TokenStream:
         clock: Callable[[], float],
         overflow: Callable[[str], None],
     ) -> None:
-        self._sequence = sequence
+        self.sequence = sequence
         self._limit = limit
         self._clock = clock
         self._overflow = overflow
@@ -39,14 +39,14 @@ class TokenStream:
         if isinstance(event, Tokens):
             self._unread += len(event.token_ids)
             if self._unread > self._limit:
-                self._overflow(self._sequence.request_id)
+                self._overflow(self.sequence.request_id)
                 event = RequestError("SLOW_READER", f"{self._limit} tokens were left unread")
         self._closed = not isinstance(event, Tokens)
         self._events.append(event)
         self._arrived.set()
 
     def timings(self) -> Timings:
-        return self._sequence.timings(self._clock())
+        return self.sequence.timings(self._clock())
 
     def __aiter__(self) -> AsyncIterator[Tokens | Finished]:
         return self._read()

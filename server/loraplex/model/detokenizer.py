@@ -122,7 +122,7 @@ class Detokenizer:
 
     def _push(self, token_id: int) -> str:
         data = self._token_bytes.get(token_id, first=self._first)
-        self._first = self._first and not data
+        self._first = False
         while self._num_to_strip and data.startswith(b" "):
             data = data[1:]
             self._num_to_strip -= 1

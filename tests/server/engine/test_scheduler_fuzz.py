@@ -28,11 +28,19 @@ VOCAB = 50
 STOP = 7
 MAX_DRAIN_STEPS = 1000
 
+REQUESTS = st.tuples(
+    st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=12),
+    st.sampled_from([None, *DIGESTS]),
+    st.integers(1, 16),  # max_tokens
+)
+
 Cell = tuple[int, int, int]  # what a token's KV is made of: adapter, token, position
 
 
 def next_token(cells: list[Cell]) -> int:
-    mixed = sum((adapter * 7 + token * 31 + 11) * (position + 1) for adapter, token, position in cells)
+    mixed = sum(
+        (adapter * 7 + token * 31 + 11) * (position + 1) for adapter, token, position in cells
+    )
     return mixed % VOCAB
 
 
@@ -69,7 +77,9 @@ class Device:
         (mark,) = marks
         assert isinstance(mark, int)
         table, end = row.sequence.block_table, row.start + row.num_tokens
-        for at, token in enumerate(row.sequence.token_ids(row.start, end), start=row.start):
+        tokens = row.sequence.token_ids(row.start, end)
+        assert len(tokens) == row.num_tokens
+        for at, token in enumerate(tokens, start=row.start):
             block = table[at // self.block_tokens]
             cells = self.blocks.get(block)
             if not isinstance(cells, list):
@@ -90,9 +100,9 @@ class SchedulerMachine(RuleBasedStateMachine):
     @initialize(
         num_blocks=st.integers(8, 40),
         num_slots=st.integers(1, 4),
-        block_tokens=st.integers(1, 4),
-        max_running=st.integers(1, 6),
-        max_step_tokens=st.integers(1, 12),
+        block_tokens=st.integers(1, 3),
+        max_running=st.integers(2, 6),
+        max_step_tokens=st.sampled_from([1, 3, 8, 16, 32]),
         sizes=st.lists(st.integers(1, 9), min_size=len(DIGESTS), max_size=len(DIGESTS)),
     )
     def start(
@@ -119,19 +129,16 @@ class SchedulerMachine(RuleBasedStateMachine):
     # Requests come and go.
 
     @precondition(lambda self: len(self.live) < 10)
-    @rule(
-        prompt=st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=20),
-        digest=st.sampled_from([None, *DIGESTS]),
-        max_tokens=st.integers(1, 10),
-    )
-    def add(self, prompt: list[int], digest: str | None, max_tokens: int) -> None:
-        self.num_added += 1
-        stop = StopParams(max_tokens, stop_token_ids=frozenset({STOP}))
-        sequence = Sequence(f"r{self.num_added}", prompt, SamplingParams(), stop, digest)
-        self.live.append(sequence)
-        self.scheduler.add(sequence)
+    @rule(requests=st.lists(REQUESTS, min_size=1, max_size=4))
+    def add(self, requests: list[tuple[list[int], str | None, int]]) -> None:
+        for prompt, digest, max_tokens in requests:
+            self.num_added += 1
+            stop = StopParams(max_tokens, stop_token_ids=frozenset({STOP}))
+            sequence = Sequence(f"r{self.num_added}", prompt, SamplingParams(), stop, digest)
+            self.live.append(sequence)
+            self.scheduler.add(sequence)
 
-    @precondition(lambda self: self.live)
+    @precondition(lambda self: len(self.live) > 3)
     @rule(data=st.data())
     def abort(self, data: st.DataObject) -> None:
         sequence = data.draw(st.sampled_from(self.live))
@@ -174,22 +181,28 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     # Steps.
 
-    @rule(nan=st.sampled_from([False] * 9 + [True]))
-    def step(self, nan: bool) -> None:
-        self.run_step(nan)
+    @rule(count=st.integers(1, 5))
+    def steps(self, count: int) -> None:
+        for _ in range(count):
+            self.run_step()
+            self.is_whole()
 
-    def run_step(self, nan: bool = False) -> Step:
+    @rule()
+    def step_with_a_nan(self) -> None:
+        self.run_step(num_nan=1)
+
+    def run_step(self, num_nan: int = 0) -> Step:
         step = self.scheduler.schedule(self.packed, now=0.0)
         self.check_rows(step)
         self.copying += step.loads
         self.reading += [digest for digest in step.wanted if digest not in self.reading]
         for sequence, error in step.failed:
             self.check_failure(sequence, error)
-        sampled = []
+        sampled: list[Sampled] = []
         for row in step.rows:
             token = self.device.run(row, self.adapter_blocks(row.sequence))
             if row.samples:
-                sampled.append(Sampled(None if nan else token))
+                sampled.append(Sampled(None if len(sampled) < num_nan else token))
         for outcome in self.scheduler.update(step, sampled, now=0.0):
             sequence = outcome.sequence
             if outcome.token_id is None:
@@ -213,7 +226,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         rows = step.rows
         assert sum(row.num_tokens for row in rows) <= self.scheduler.config.max_step_tokens
         assert len({row.sequence.request_id for row in rows}) == len(rows)
-        order = [(row.num_tokens > 1, -1 if (s := row.sequence.slot) is None else s) for row in rows]
+        order = [
+            (row.num_tokens > 1, -1 if (s := row.sequence.slot) is None else s) for row in rows
+        ]
         assert order == sorted(order), "decode first, then by slot"
         for row in rows:
             assert row.num_tokens > 0
@@ -274,7 +289,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 
 SchedulerMachine.TestCase.settings = settings(
-    max_examples=100, stateful_step_count=50, deadline=None
+    max_examples=150, stateful_step_count=50, deadline=None
 )
 # Shrinking a failure may take hypothesis five minutes.
 TestScheduler = pytest.mark.timeout(600)(SchedulerMachine.TestCase)
