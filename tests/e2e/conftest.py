@@ -311,7 +311,7 @@ class AdapterMaker:
             if linear.module in modules:
                 path = f"base_model.model.{linear_prefix(linear.layer, linear.module)}"
                 a = rng.standard_normal((rank, linear.in_features)) / linear.in_features**0.5
-                b = rng.standard_normal((linear.out_features, rank)) * (0.4 / rank**0.5)
+                b = rng.standard_normal((linear.out_features, rank)) * (0.7 / rank**0.5)
                 tensors[f"{path}.{linear.module}.lora_A.weight"] = a.astype(np.float32)
                 tensors[f"{path}.{linear.module}.lora_B.weight"] = b.astype(np.float32)
         save_file(tensors, folder / "adapter_model.safetensors")

@@ -58,7 +58,7 @@ def test_eight_adapters_and_the_base_share_a_pass(
             return await asyncio.gather(
                 *(
                     client.complete(
-                        PROMPTS[0], name, max_tokens=24, temperature=0.0, ignore_eos=True
+                        PROMPTS[0], name, max_tokens=32, temperature=0.0, ignore_eos=True
                     )
                     for name in names
                 )
@@ -69,7 +69,7 @@ def test_eight_adapters_and_the_base_share_a_pass(
         used = (UsedAdapter(name, versions[name]),) if name else ()
         assert completion.adapters == used
         assert completion.finish_reason is FinishReason.LENGTH
-        assert completion.usage.completion_tokens == len(completion.token_ids) == 24
+        assert completion.usage.completion_tokens == len(completion.token_ids) == 32
     assert len({completion.token_ids for completion in completions}) == len(names)
 
     widest = max(server.steps(), key=lambda step: len(step.decoded_digests))
@@ -86,7 +86,9 @@ def test_a_mixed_stream_says_what_it_says_alone(
 
         def ask(index: int) -> Completion:
             prompt = PROMPTS[index % len(PROMPTS)]
-            return client.complete(prompt, names[index], max_tokens=8, temperature=0.0)
+            return client.complete(
+                prompt, names[index], max_tokens=8, temperature=0.0, ignore_eos=True
+            )
 
         alone = [ask(index) for index in range(len(names))]
         with ThreadPoolExecutor(len(names)) as pool:

@@ -1,6 +1,5 @@
 """What an operator sees: metrics, logs, health, reflection."""
 
-import logging
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -17,12 +16,12 @@ if TYPE_CHECKING:
     from tests.e2e.conftest import ServerProcess
 
 SERVICES = ("loraplex.v1.InferenceService", "loraplex.v1.AdapterService")
+ONCE_A_STEP = ("engine_step_seconds", "batch_size", "batch_distinct_adapters")
 HISTOGRAMS = (
-    *("time_to_first_token_seconds", "inter_token_latency_seconds"),
-    *("time_per_output_token_seconds", "e2e_request_latency_seconds"),
-    *("request_queue_time_seconds", "request_prefill_time_seconds"),
-    *("request_decode_time_seconds", "adapter_wait_seconds", "engine_step_seconds"),
-    *("batch_size", "batch_distinct_adapters"),
+    *("time_to_first_token_seconds", "time_per_output_token_seconds"),
+    *("e2e_request_latency_seconds", "request_queue_time_seconds"),
+    *("request_prefill_time_seconds", "request_decode_time_seconds", "adapter_wait_seconds"),
+    *ONCE_A_STEP,
 )
 GAUGES = (
     *("requests_running", "requests_waiting", "kv_cache_usage_ratio"),
@@ -38,6 +37,7 @@ def channel(server: "ServerProcess") -> Iterator[grpc.Channel]:
 
 
 def test_metrics_tell_what_was_done(server: "ServerProcess", client: Client) -> None:
+    server.eventually(server.is_idle)
     before = server.samples()
     completion = client.complete("The sea", max_tokens=3, ignore_eos=True)
     with pytest.raises(InvalidArgument):
@@ -51,12 +51,8 @@ def test_metrics_tell_what_was_done(server: "ServerProcess", client: Client) -> 
 
     for name in HISTOGRAMS:
         count = grown(f"loraplex_{name}_count", model="smollm2-135m-instruct")
-        assert count == {
-            "inter_token_latency_seconds": 2,
-            "engine_step_seconds": 3,
-            "batch_size": 3,
-            "batch_distinct_adapters": 3,
-        }.get(name, 1), name
+        assert count == (3 if name in ONCE_A_STEP else 1), name
+    assert "loraplex_inter_token_latency_seconds_count" in {name for name, _ in after}
     assert grown("loraplex_prompt_tokens_total") == completion.usage.prompt_tokens
     assert grown("loraplex_generation_tokens_total") == 3
     assert grown("loraplex_request_finished_total", reason="length") == 1
@@ -67,9 +63,9 @@ def test_metrics_tell_what_was_done(server: "ServerProcess", client: Client) -> 
     assert grown("grpc_server_handled_total", grpc_code="InvalidArgument", **generate) == 1
     names = {name for name, _ in after}
     assert {f"loraplex_{name}" for name in (*GAUGES, *COUNTERS)} <= names
-    blocks = {use: server.metric("memory_blocks", use=use) for use in ("kv", "adapter", "free")}
-    assert blocks["kv"] == 0
-    assert blocks["adapter"] + blocks["free"] == int(192 / (360 / 1024))
+    uses = [("loraplex_memory_blocks", frozenset({("use", u)})) for u in ("kv", "adapter", "free")]
+    assert after[uses[0]] == 0
+    assert sum(after[use] for use in uses) == sum(before[use] for use in uses) > 0
 
 
 def test_no_histogram_knows_an_adapter(server: "ServerProcess") -> None:
@@ -92,7 +88,6 @@ def test_logs_hold_request_ids_and_no_text(server: "ServerProcess", client: Clie
     with pytest.raises(InvalidArgument):
         client.complete(secret, stop=[secret] * 17)
     assert "xylophone" not in server.log()
-    assert logging.getLevelName(logging.DEBUG) in server.log()
 
 
 def test_health(channel: grpc.Channel) -> None:

@@ -1,5 +1,9 @@
-"""The product's engine and transformers + PEFT, side by side on the same NF4 weights."""
+"""The product's engine and transformers + PEFT, side by side on the same NF4 weights.
 
+A module's fixtures take some gigabytes together, so none of them outlives it.
+"""
+
+import gc
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -8,16 +12,20 @@ import pytest
 import torch
 from loraplex.model.checkpoint import Checkpoint
 from loraplex.model.config import read_model_config
+from loraplex.model.decoder import Decoder
 from loraplex.model.default import ensure_default_model
 from loraplex.model.linear import WeightForm
 from loraplex.model.loader import LoadOptions, load_decoder
 from loraplex.model.tokenizer import Tokenizer
 from loraplex_kernels.dispatch import choose_ops
+from loraplex_kernels.ops import Ops
 from loraplex_kernels.reference import TorchOps
 
-from tests.exactness.cases import BF16, F32, TEXTS, Case, Folders, all_batches, all_cases
-from tests.exactness.harness import CPU, Answer, Harness, Request
-from tests.exactness.reference import Continuation, Reference
+from tests.exactness.cases import BF16, F32, TEXTS, Folders, all_batches, all_cases
+from tests.exactness.harness import CPU, Harness
+from tests.exactness.reference import Reference
+
+DecoderOf = Callable[[torch.dtype], Decoder]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -30,85 +38,63 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("batch", batches, ids=[f"batch {i}" for i in range(len(batches))])
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def model_folder() -> Path:
     return ensure_default_model()
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _two_threads() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(before)
+    gc.collect()  # models hold themselves in circles
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def prompts(model_folder: Path) -> list[list[int]]:
     tokenizer = Tokenizer.load(model_folder)
     return [tokenizer.encode(text) for text in TEXTS]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def folders(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Folders:
     return Folders(model_folder, tmp_path_factory.mktemp("adapters"))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def reference(model_folder: Path, folders: Folders) -> Reference:
     return Reference(model_folder, folders)
 
 
-@pytest.fixture(scope="session")
-def harness_of(
-    model_folder: Path, folders: Folders, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[torch.dtype], Harness]:
-    ops = choose_ops(CPU, tmp_path_factory.mktemp("native"))
+@pytest.fixture(scope="module")
+def decoder_of(model_folder: Path) -> DecoderOf:
+    config, checkpoint = read_model_config(model_folder), Checkpoint(model_folder)
 
-    def build(dtype: torch.dtype) -> Harness:
-        options = LoadOptions(CPU, dtype, WeightForm.DENSE)
-        config = read_model_config(model_folder)
-        return Harness(load_decoder(Checkpoint(model_folder), config, options), ops, folders)
+    @cache
+    def load(dtype: torch.dtype) -> Decoder:
+        return load_decoder(checkpoint, config, LoadOptions(CPU, dtype, WeightForm.DENSE))
 
-    return build
+    return load
 
 
-@pytest.fixture(scope="session")
-def float32(harness_of: Callable[[torch.dtype], Harness]) -> Harness:
-    return harness_of(F32)
+@pytest.fixture(scope="module")
+def ops(tmp_path_factory: pytest.TempPathFactory) -> Ops:
+    return choose_ops(CPU, tmp_path_factory.mktemp("native"))
 
 
-@pytest.fixture(scope="session")
-def bfloat16(harness_of: Callable[[torch.dtype], Harness]) -> Harness:
-    return harness_of(BF16)
+@pytest.fixture(scope="module")
+def float32(decoder_of: DecoderOf, ops: Ops, folders: Folders) -> Harness:
+    return Harness(decoder_of(F32), ops, folders)
 
 
-@pytest.fixture(scope="session")
-def torch_ops(float32: Harness) -> Harness:
+@pytest.fixture(scope="module")
+def bfloat16(decoder_of: DecoderOf, ops: Ops, folders: Folders) -> Harness:
+    return Harness(decoder_of(BF16), ops, folders)
+
+
+@pytest.fixture(scope="module")
+def torch_ops(decoder_of: DecoderOf, folders: Folders) -> Harness:
     """In float32, with the ops in plain torch."""
-    return float32.with_ops(TorchOps())
-
-
-@pytest.fixture(scope="session")
-def alone(float32: Harness, prompts: list[list[int]]) -> Callable[[Case], Answer]:
-    """What the engine says in float32 when nothing else runs."""
-
-    @cache
-    def answer(case: Case) -> Answer:
-        [only], _ = float32.run([Request(case.adapter, prompts[case.text])])
-        return only
-
-    return answer
-
-
-@pytest.fixture(scope="session")
-def expected(
-    reference: Reference, alone: Callable[[Case], Answer], prompts: list[list[int]]
-) -> Callable[[Case], Continuation]:
-    """What PEFT says in float32."""
-
-    @cache
-    def continuation(case: Case) -> Continuation:
-        return reference.greedy(case.adapter, prompts[case.text], alone(case).tokens)
-
-    return continuation
+    return Harness(decoder_of(F32), TorchOps(), folders, num_blocks=224)

@@ -64,7 +64,7 @@ class RecordingDecoder(Decoder):
 
 
 class RecordingRunner:
-    """The model runner, its logits kept by request and its choices overruled where one is forced.
+    """A model runner, its logits kept by request and its choices overruled where one is forced.
 
     Mutable: `logits`, which grow by the rows of each step.
     """
@@ -122,21 +122,21 @@ class Steps:
 
 
 class Harness:
-    """The engine as the server builds it, anew for every run around the same decoder."""
+    """The engine as the server builds it, anew for every run around the same model runner.
 
-    NUM_BLOCKS = 640
+    So the arena's bytes and the tables are what earlier runs left there.
+    """
 
-    def __init__(self, decoder: Decoder, ops: Ops, folders: Folders) -> None:
-        self._decoder = decoder
-        self._ops = ops
+    def __init__(self, decoder: Decoder, ops: Ops, folders: Folders, num_blocks: int = 448) -> None:
+        self._num_blocks = num_blocks
+        self._decoder = RecordingDecoder(decoder)
         self._folders = folders
+        config = RunnerConfig(num_blocks, BATCH, MAX_RANK, CPU)
+        self._runner = ModelRunner(self._decoder, ops, config)
         self._block = block_shape(decoder.config, decoder.dtype, decoder.dtype)
         self._linears = {s.name: BaseLinear(*s) for s in decoder.config.linears()}
         self._adapters: dict[str, Path] = {}  # by digest
         self._packed: dict[str, PackedAdapter] = {}  # by digest
-
-    def with_ops(self, ops: Ops) -> "Harness":
-        return Harness(self._decoder, ops, self._folders)
 
     def run(
         self, requests: Sequence[Request], max_step_tokens: int = 256
@@ -150,10 +150,8 @@ class Harness:
         self, requests: Sequence[Request], max_step_tokens: int
     ) -> tuple[list[Answer], list[StepRecord]]:
         named = {f"request {index}": request for index, request in enumerate(requests)}
-        decoder = RecordingDecoder(self._decoder)
-        config = RunnerConfig(self.NUM_BLOCKS, BATCH, MAX_RANK, CPU)
-        runner = RecordingRunner(ModelRunner(decoder, self._ops, config), decoder, named)
-        arena = Arena(self.NUM_BLOCKS)
+        runner = RecordingRunner(self._runner, self._decoder, named)
+        arena = Arena(self._num_blocks)
         scheduler = Scheduler(
             arena,
             AdapterPool(arena, BATCH),

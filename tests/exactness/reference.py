@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -79,10 +79,6 @@ class Reference:
         with self._model.disable_adapter() if adapter is None else nullcontext():
             logits: Tensor = self._model(torch.tensor([tokens]), use_cache=False).logits[0]
         return logits.float()
-
-    @cache  # noqa: B019
-    def base_logits(self, tokens: tuple[int, ...]) -> Tensor:
-        return self.logits(None, tokens)
 
     def greedy(self, adapter: str | None, prompt: list[int], draft: list[int]) -> Continuation:
         """PEFT's own greedy tokens in float32, whatever the draft; a good one saves passes.

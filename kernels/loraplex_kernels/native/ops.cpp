@@ -12,6 +12,8 @@
 
 namespace {
 
+int num_threads = 1;  // OpenMP's own setting is a thread's, and steps run on a thread of their own
+
 struct bf16 {
     uint16_t bits;
 };
@@ -58,7 +60,7 @@ inline float exponential(float x) {
 template <typename T>
 void add_rms_norm(float* residual, const T* delta, const float* weight, T* out, int64_t rows, int64_t size,
                   float eps) {
-#pragma omp parallel for schedule(static) if (rows > 1)
+#pragma omp parallel for schedule(static) num_threads(num_threads) if (rows > 1)
     for (int64_t row = 0; row < rows; ++row) {
         float* r = residual + row * size;
         float sum = 0.f;
@@ -78,7 +80,7 @@ void add_rms_norm(float* residual, const T* delta, const float* weight, T* out, 
 
 template <typename T>
 void silu_mul(const T* gate_up, T* out, int64_t rows, int64_t size) {
-#pragma omp parallel for schedule(static) if (rows > 1)
+#pragma omp parallel for schedule(static) num_threads(num_threads) if (rows > 1)
     for (int64_t row = 0; row < rows; ++row) {
         const T* gate = gate_up + row * 2 * size;
         const T* up = gate + size;
@@ -102,7 +104,7 @@ template <typename T>
 void rotary_and_cache(T* qkv, const float* cos, const float* sin, T* k_cache, T* v_cache,
                       const int64_t* slots, int64_t rows, int64_t heads, Cache cache) {
     const int64_t dim = cache.head_dim, half = dim / 2, width = (heads + 2 * cache.kv_heads) * dim;
-#pragma omp parallel for schedule(static) if (rows > 1)
+#pragma omp parallel for schedule(static) num_threads(num_threads) if (rows > 1)
     for (int64_t row = 0; row < rows; ++row) {
         const float* c = cos + row * half;
         const float* s = sin + row * half;
@@ -186,7 +188,7 @@ void paged_attention(const T* qkv, const T* k_cache, const T* v_cache, T* out, c
                      int64_t max_blocks, const int32_t* contexts, int64_t rows, int64_t heads, Cache cache) {
     const int64_t group = heads / cache.kv_heads, dim = cache.head_dim;
     const int64_t width = (heads + 2 * cache.kv_heads) * dim;
-#pragma omp parallel
+#pragma omp parallel num_threads(num_threads)
     {
         std::vector<float> scratch;
 #pragma omp for schedule(dynamic, 2) collapse(2)
@@ -284,7 +286,7 @@ void lora(T* y, int64_t y_stride, const T* x, int64_t k_size, const uint8_t* are
                 tasks.push_back({segments[3 * s], lo, std::min<int64_t>(kRows, segments[3 * s + 2] - lo), p});
     }
     const int64_t num_tasks = static_cast<int64_t>(tasks.size());
-#pragma omp parallel if (num_tasks > 1)
+#pragma omp parallel num_threads(num_threads) if (num_tasks > 1)
     {
         std::vector<float> scratch;
 #pragma omp for schedule(dynamic, 1)
@@ -299,6 +301,8 @@ void lora(T* y, int64_t y_stride, const T* x, int64_t k_size, const uint8_t* are
 }
 
 }  // namespace
+
+extern "C" void loraplex_set_num_threads(int count) { num_threads = count; }
 
 #define LORAPLEX_ACTIVATION(SUFFIX, T)                                                                       \
     extern "C" void loraplex_add_rms_norm_##SUFFIX(float* residual, const T* delta, const float* weight,     \

@@ -31,7 +31,9 @@ class NativeOps(TorchOps):
     name = "native"
 
     def __init__(self, library: ctypes.CDLL) -> None:
+        """Uses as many threads as torch was told to, whichever thread calls."""
         self._library = library
+        library.loraplex_set_num_threads(torch.get_num_threads())
 
     def _call(self, name: str, dtype: torch.dtype, *arguments: object) -> None:
         getattr(self._library, f"loraplex_{name}_{_SUFFIX[dtype]}")(*arguments)

@@ -57,7 +57,7 @@ class InferenceServicer:
                 generation = Generation(
                     sequence=self._sequence(request, call, prompt, record),
                     engine=self._engine,
-                    detokenizer=self._tokenizer.detokenizer(),
+                    detokenizer=self._tokenizer.detokenizer(continues=not request.HasField("chat")),
                     stop_strings=request.stop.stop,
                 )
                 async with aclosing(generation.run(call, self._metrics)) as responses:

@@ -116,4 +116,5 @@ class TokenizerLike(Protocol):
         add_generation_prompt: bool,
     ) -> list[int]: ...
 
-    def detokenizer(self) -> Detokenizer: ...
+    def detokenizer(self, *, continues: bool) -> Detokenizer:
+        """`continues`: the text goes on from the prompt's, so a leading space is part of it."""

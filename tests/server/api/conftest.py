@@ -140,7 +140,7 @@ class FakeTokenizer:
         chat = [messages, tools, template_kwargs, add_generation_prompt]
         return list(json.dumps(chat).encode())
 
-    def detokenizer(self) -> FakeDetokenizer:
+    def detokenizer(self, *, continues: bool) -> FakeDetokenizer:
         return FakeDetokenizer()
 
 

@@ -1,0 +1,214 @@
+"""The engine says what transformers + PEFT says on the same dequantised NF4 weights.
+
+In float32 that is the same logits and the same greedy tokens, alone and among others. In bfloat16
+it is about as far from float32 as PEFT in bfloat16 is, and no further: both are given the tokens
+that PEFT says in float32, so that all their logits compare.
+
+One module, so that models and answers are shared by its tests and freed after them. The figures
+are printed: `pytest -s`.
+"""
+
+from collections.abc import Callable
+from functools import cache
+
+import pytest
+from loraplex.engine.sequence import SamplingParams
+from loraplex_kernels.native.ops import LONG_SEGMENT
+from torch import Tensor
+
+from tests.exactness.cases import BF16, NUM_NEW, Case, all_batches, all_cases, digest_of
+from tests.exactness.harness import Answer, Harness, Request
+from tests.exactness.reference import Continuation, Reference
+
+TOLERANCE = 1e-4
+"""Of max |logit|: how far a logit may be off in float32. 3e-6 was measured; were the adapters'
+weights rounded to bf16, it would be 5e-4."""
+
+NEAR_TIE = 1e-3
+"""Of max |logit|: the gap below which the second most likely token may be said in float32."""
+
+CLEAR_GAP = 0.25
+"""From here on the most likely token must be the reference's in bfloat16, too."""
+
+Alone = Callable[[Case], Answer]
+Expected = Callable[[Case], Continuation]
+Forced = Callable[[Case], Request]
+PeftError = Callable[[Case], float]
+Prompts = list[list[int]]
+
+
+@pytest.fixture(scope="module")
+def alone(float32: Harness, prompts: Prompts) -> Alone:
+    """What the engine says in float32 when nothing else runs."""
+
+    @cache
+    def answer(case: Case) -> Answer:
+        [only], _ = float32.run([Request(case.adapter, prompts[case.text])])
+        return only
+
+    return answer
+
+
+@pytest.fixture(scope="module")
+def expected(reference: Reference, alone: Alone, prompts: Prompts) -> Expected:
+    """What PEFT says in float32."""
+
+    @cache
+    def continuation(case: Case) -> Continuation:
+        return reference.greedy(case.adapter, prompts[case.text], alone(case).tokens)
+
+    return continuation
+
+
+@pytest.fixture(scope="module")
+def forced(expected: Expected, prompts: Prompts) -> Forced:
+    """A request that takes the tokens PEFT says in float32."""
+
+    def request(case: Case) -> Request:
+        return Request(case.adapter, prompts[case.text], expected(case).tokens)
+
+    return request
+
+
+@pytest.fixture(scope="module")
+def peft_error(reference: Reference, expected: Expected, forced: Forced) -> PeftError:
+    """RMS error of PEFT's logits with a bf16 base."""
+
+    @cache
+    def measure(case: Case) -> float:
+        tokens = [*forced(case).prompt, *expected(case).tokens[:-1]]
+        return rms(reference.logits(case.adapter, tokens, BF16) - expected(case).logits)
+
+    return measure
+
+
+def relative_error(logits: Tensor, expected: Tensor) -> float:
+    return float((logits - expected).abs().max() / expected.abs().max())
+
+
+def rms(difference: Tensor) -> float:
+    return float(difference.square().mean().sqrt())
+
+
+def compare_float32(case: Case, answer: Answer, expected: Continuation) -> None:
+    """Prompt logits, then tokens up to the first that a near tie excuses, then all logits."""
+    num_rows = len(answer.logits)
+    prompt = num_rows + 1 - len(answer.tokens)
+    error = relative_error(answer.logits[:prompt], expected.logits[:prompt])
+    ties = sum(gap < NEAR_TIE * expected.largest for gap in expected.gaps)
+    print(f"{case.name}: relative logit error {error:.1e}, near ties {ties} of {NUM_NEW}")
+    assert error < TOLERANCE
+    for index, (ours, theirs) in enumerate(zip(answer.tokens, expected.tokens, strict=False)):
+        if ours != theirs:
+            print(f"{case.name}: token {index} differs, the gap is {expected.gaps[index]:.1e}")
+            assert expected.gaps[index] < NEAR_TIE * expected.largest
+            return
+    assert relative_error(answer.logits, expected.logits[:num_rows]) < TOLERANCE
+
+
+def compare_bfloat16(case: Case, answer: Answer, expected: Continuation, peft: float) -> None:
+    ours = rms(answer.logits - expected.logits)
+    print(f"{case.name}: RMS logit error {ours:.4f}, PEFT's {peft:.4f}, ratio {ours / peft:.2f}")
+    assert ours <= 1.25 * peft
+    chosen = answer.logits[-NUM_NEW:].argmax(-1).tolist()
+    for index, (token, gap) in enumerate(zip(chosen, expected.gaps, strict=True)):
+        assert token == expected.tokens[index] or gap < CLEAR_GAP, f"token {index}, gap {gap:.2f}"
+
+
+def test_every_adapter_visibly_changes_the_output(
+    adapted: Case, reference: Reference, expected: Expected, prompts: Prompts
+) -> None:
+    prompt = prompts[adapted.text]
+    base = reference.logits(None, prompt)
+    change = relative_error(expected(adapted).logits[: len(prompt)], base)
+    print(f"{adapted.name}: changes logits by {change:.0%} of the largest")
+    assert change > 0.05
+
+
+def test_alone_in_float32(case: Case, alone: Alone, expected: Expected) -> None:
+    compare_float32(case, alone(case), expected(case))
+
+
+def test_eight_at_once_in_float32(
+    batch: list[Case], float32: Harness, expected: Expected, prompts: Prompts
+) -> None:
+    requests = [Request(case.adapter, prompts[case.text]) for case in batch]
+    answers, steps = float32.run(requests, max_step_tokens=48)
+    for case, answer in zip(batch, answers, strict=True):
+        compare_float32(case, answer, expected(case))
+    digests = {None if case.adapter is None else digest_of(case.adapter) for case in batch}
+    assert any(set(step.digests) == digests and set(step.num_tokens) == {1} for step in steps), (
+        "no step decoded for all adapters"
+    )
+    assert any(1 in step.num_tokens and max(step.num_tokens) > 1 for step in steps), (
+        "no step held decode and prefill rows"
+    )
+
+
+def test_eight_at_once_with_the_ops_in_plain_torch(
+    torch_ops: Harness, expected: Expected, prompts: Prompts
+) -> None:
+    batch = all_batches()[1]
+    requests = [Request(case.adapter, prompts[case.text], max_tokens=5) for case in batch]
+    answers, _ = torch_ops.run(requests)
+    for case, answer in zip(batch, answers, strict=True):
+        compare_float32(case, answer, expected(case))
+
+
+def test_long_prompts(float32: Harness, reference: Reference, prompts: Prompts) -> None:
+    """Long enough for the forms of the ops that take many rows of one adapter at a time."""
+    cases = [case for case in all_cases() if case.name in ("rank 64", "patterns, rsLoRA")]
+    prompt = [token for prompt in prompts for token in prompt] + prompts[0]
+    requests = [Request(case.adapter, prompt, max_tokens=1) for case in cases]
+    answers, steps = float32.run(requests)
+    for case, answer in zip(cases, answers, strict=True):
+        error = relative_error(answer.logits, reference.logits(case.adapter, prompt))
+        print(f"{case.name}: relative logit error {error:.1e} over {len(prompt)} tokens")
+        assert error < TOLERANCE
+    assert max(max(step.num_tokens) for step in steps) > LONG_SEGMENT
+
+
+@pytest.mark.parametrize("name", ["base", "rank 64", "example pirate"])
+def test_alone_in_bfloat16(
+    name: str, bfloat16: Harness, expected: Expected, forced: Forced, peft_error: PeftError
+) -> None:
+    [case] = [case for case in all_cases() if case.name == name]
+    [answer], _ = bfloat16.run([forced(case)])
+    compare_bfloat16(case, answer, expected(case), peft_error(case))
+
+
+def test_eight_at_once_in_bfloat16(
+    batch: list[Case], bfloat16: Harness, expected: Expected, forced: Forced, peft_error: PeftError
+) -> None:
+    answers, _ = bfloat16.run([forced(case) for case in batch], max_step_tokens=48)
+    for case, answer in zip(batch, answers, strict=True):
+        compare_bfloat16(case, answer, expected(case), peft_error(case))
+
+
+def test_few_positions_are_exempt_in_bfloat16(expected: Expected) -> None:
+    gaps = [gap for case in all_cases() for gap in expected(case).gaps]
+    exempt = sum(gap < CLEAR_GAP for gap in gaps)
+    print(f"{exempt} of {len(gaps)} positions ({exempt / len(gaps):.0%}) have no clear token")
+    assert exempt <= 0.2 * len(gaps)
+
+
+def sampled(case: Case, prompts: Prompts, seed: int) -> Request:
+    sampling = SamplingParams(temperature=0.8, top_p=0.9, seed=seed)
+    return Request(case.adapter, prompts[case.text], sampling=sampling, max_tokens=10)
+
+
+def test_a_seed_draws_the_same_alone_and_among_eight(float32: Harness, prompts: Prompts) -> None:
+    batch = enumerate(all_batches()[0])
+    requests = [sampled(case, prompts, 1000 + index) for index, case in batch]
+    mixed, _ = float32.run(requests, max_step_tokens=48)
+    alone = [float32.run([request])[0][0] for request in requests[::2]]
+    assert [answer.tokens for answer in mixed[::2]] == [answer.tokens for answer in alone]
+
+
+def test_another_seed_draws_other_tokens(float32: Harness, prompts: Prompts) -> None:
+    base = all_batches()[0][-1]
+    seeds = (1, 2**63 - 1, 1, 2, 3)
+    answers, _ = float32.run([sampled(base, prompts, seed) for seed in seeds])
+    first, largest, again, *others = (answer.tokens for answer in answers)
+    assert first == again
+    assert len({tuple(tokens) for tokens in (first, largest, *others)}) == 4
