@@ -24,6 +24,7 @@ BASE_NAME = "base model"
 
 def demo(prompt: str, max_tokens: int) -> int:
     console = Console()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that its server ends as well
     with tempfile.TemporaryDirectory(prefix="loraplex-demo-") as folder:
         steps = Path(folder) / "steps.jsonl"
         console.print("Starting a server (the first time, its model is fetched: about 90 MB) ...")

@@ -7,6 +7,7 @@ import sys
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import grpc
 from prometheus_client import CollectorRegistry
@@ -18,7 +19,7 @@ from loraplex.adapters.store import AdapterStore
 from loraplex.api.server import ApiServer
 from loraplex.config import Address, ServeConfig, format_size
 from loraplex.engine.engine import Engine, EngineConfig
-from loraplex.errors import StartupError
+from loraplex.errors import LoraplexError, StartupError
 from loraplex.metrics import Metrics, serve_metrics
 from loraplex.observer import EngineObserver, StepLog
 from loraplex.startup import (
@@ -38,6 +39,7 @@ log = logging.getLogger(__name__)
 
 def serve(config: ServeConfig) -> int:
     """Blocks until SIGINT or SIGTERM; 0 after a clean end, 130 after Ctrl-C."""
+    signal.signal(signal.SIGTERM, _stop_loading)
     base = load_base(config)
     memory = plan_memory(config, base)
     log.info(
@@ -50,15 +52,30 @@ def serve(config: ServeConfig) -> int:
     return asyncio.run(_serve(config, base, memory))
 
 
+def _stop_loading(received: int, frame: object) -> None:
+    raise SystemExit("loraplex: stopped before it was ready")
+
+
 async def _serve(config: ServeConfig, base: Base, memory: Memory) -> int:
     stopped = _on_signals()
-    async with AsyncExitStack() as stack:
-        bound = await stack.enter_async_context(_running(config, base, memory))
+    async with _running(config, base, memory) as (bound, engine):
         listen = Address(config.listen.host, bound)
         print(f"loraplex: serving {base.name} on {listen} ({describe(base, memory)})", flush=True)
-        received = await stopped
+        received = await _signal_or_crash(stopped, engine.crashed)
         log.info("%s: finishing what runs, then stopping", received.name)
     return 130 if received is signal.SIGINT else 0
+
+
+async def _signal_or_crash(
+    stopped: "asyncio.Future[signal.Signals]", crashed: asyncio.Event
+) -> signal.Signals:
+    crash = asyncio.ensure_future(crashed.wait())
+    either: list[asyncio.Future[Any]] = [stopped, crash]
+    await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+    crash.cancel()
+    if not stopped.done():
+        raise LoraplexError("the engine failed, and the log says why; the server ends")
+    return stopped.result()
 
 
 def _on_signals() -> "asyncio.Future[signal.Signals]":
@@ -80,8 +97,10 @@ def _on_signals() -> "asyncio.Future[signal.Signals]":
 
 
 @asynccontextmanager
-async def _running(config: ServeConfig, base: Base, memory: Memory) -> AsyncIterator[int]:
-    """The whole server; yields the port. Leaves nothing running and the store closed."""
+async def _running(
+    config: ServeConfig, base: Base, memory: Memory
+) -> AsyncIterator[tuple[int, Engine[PackedAdapter]]]:
+    """The whole server: its port, its engine. Leaves nothing running and the store closed."""
     registry = CollectorRegistry()
     metrics = Metrics(registry, base.name)
     async with AsyncExitStack() as stack:
@@ -107,7 +126,7 @@ async def _running(config: ServeConfig, base: Base, memory: Memory) -> AsyncIter
             insecure=config.insecure,
         )
         stack.push_async_callback(api.drain, config.drain_seconds)
-        yield bound
+        yield bound, engine
 
 
 def _start_engine(

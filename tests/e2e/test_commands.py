@@ -44,7 +44,7 @@ def test_an_adapter_by_command(
     prompt = ("generate", "The capital of France is", "--max-tokens=6", "--temperature=0")
     text = run(*prompt, "--adapter=shell")
     events = [json.loads(line) for line in run(*prompt, "--adapter=shell", "--json").splitlines()]
-    assert "".join(event.get("text", "") for event in events) == text.removesuffix("\n")
+    assert "".join(e.get("text", "") for e in events).rstrip("\n") == text.rstrip("\n")
     assert run(*prompt) != text
     run("adapters", "delete", "shell")
     gone = loraplex(*prompt, "--adapter=shell", server=server.target)

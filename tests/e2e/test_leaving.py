@@ -16,10 +16,10 @@ PROMPT = "Once upon a time"
 MANY = 4000  # tokens: minutes
 
 
-def check_nobody_works_for(server: "ServerProcess", request_id: str, code: str) -> None:
-    """The call ended with `code`; at most the pass that ran just then still held it."""
+def check_nobody_works_for(server: "ServerProcess", request_id: str) -> None:
+    """The call was given up; at most the pass that ran just then still held it."""
     ended_at, line = server.logged(request_id)
-    assert f" code={code} " in line
+    assert " outcome=cancelled" in line
     server.eventually(server.is_idle)
     steps = server.steps_of(request_id)
     assert 0 < len(steps) < MANY / 4
@@ -34,7 +34,7 @@ def test_a_cancel_in_mid_stream_frees_at_once(server: "ServerProcess", client: C
     assert server.metric("memory_blocks", use="kv") > 0
     events.close()
     left_at = time.time()
-    check_nobody_works_for(server, started.request_id, "Canceled")
+    check_nobody_works_for(server, started.request_id)
     assert server.logged(started.request_id)[0] < left_at + 5
 
 
@@ -48,13 +48,13 @@ def test_one_that_leaves_does_not_disturb_the_others(exact_server: "ServerProces
         deltas = [event for event in (first, *staying) if isinstance(event, Delta)]
     assert tuple(token for delta in deltas for token in delta.token_ids) == alone.token_ids
     assert isinstance(started, Started)
-    check_nobody_works_for(exact_server, started.request_id, "Canceled")
+    check_nobody_works_for(exact_server, started.request_id)
 
 
 def test_a_deadline_frees_as_a_cancel_does(server: "ServerProcess", client: Client) -> None:
     with pytest.raises(DeadlineExceeded):
         client.complete(PROMPT, max_tokens=MANY, ignore_eos=True, timeout=1.5, request_id="late")
-    check_nobody_works_for(server, "late", "DeadlineExceeded")
+    check_nobody_works_for(server, "late")
 
 
 def test_a_client_that_is_killed_frees_its_memory(server: "ServerProcess") -> None:
@@ -66,4 +66,4 @@ def test_a_client_that_is_killed_frees_its_memory(server: "ServerProcess") -> No
         process.stdout.readline()
         assert server.metric("memory_blocks", use="kv") > 0
         process.kill()
-    check_nobody_works_for(server, request_id, "Canceled")
+    check_nobody_works_for(server, request_id)

@@ -25,7 +25,7 @@ from tests.exactness.cases import BF16, F32, TEXTS, Folders, all_batches, all_ca
 from tests.exactness.harness import CPU, Harness
 from tests.exactness.reference import Reference
 
-DecoderOf = Callable[[torch.dtype], Decoder]
+DecoderOf = Callable[[torch.dtype, WeightForm], Decoder]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -73,8 +73,8 @@ def decoder_of(model_folder: Path) -> DecoderOf:
     config, checkpoint = read_model_config(model_folder), Checkpoint(model_folder)
 
     @cache
-    def load(dtype: torch.dtype) -> Decoder:
-        return load_decoder(checkpoint, config, LoadOptions(CPU, dtype, WeightForm.DENSE))
+    def load(dtype: torch.dtype, form: WeightForm) -> Decoder:
+        return load_decoder(checkpoint, config, LoadOptions(CPU, dtype, form))
 
     return load
 
@@ -86,15 +86,21 @@ def ops(tmp_path_factory: pytest.TempPathFactory) -> Ops:
 
 @pytest.fixture(scope="module")
 def float32(decoder_of: DecoderOf, ops: Ops, folders: Folders) -> Harness:
-    return Harness(decoder_of(F32), ops, folders)
+    return Harness(decoder_of(F32, WeightForm.DENSE), ops, folders)
 
 
 @pytest.fixture(scope="module")
 def bfloat16(decoder_of: DecoderOf, ops: Ops, folders: Folders) -> Harness:
-    return Harness(decoder_of(BF16), ops, folders)
+    return Harness(decoder_of(BF16, WeightForm.DENSE), ops, folders)
 
 
 @pytest.fixture(scope="module")
 def torch_ops(decoder_of: DecoderOf, folders: Folders) -> Harness:
     """In float32, with the ops in plain torch."""
-    return Harness(decoder_of(F32), TorchOps(), folders, num_blocks=224)
+    return Harness(decoder_of(F32, WeightForm.DENSE), TorchOps(), folders, num_blocks=224)
+
+
+@pytest.fixture(scope="module")
+def packed(decoder_of: DecoderOf, ops: Ops, folders: Folders) -> Harness:
+    """In bfloat16, from the 4-bit codes."""
+    return Harness(decoder_of(BF16, WeightForm.PACKED), ops, folders, num_blocks=224)

@@ -2,10 +2,9 @@
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import torch
 from loraplex.adapters.packing import Layout, PackedAdapter, pack
@@ -17,6 +16,7 @@ from loraplex.engine.model_runner import ModelRunner, RunnerConfig, block_shape
 from loraplex.engine.scheduler import Sampled, Scheduled, Scheduler, SchedulerConfig
 from loraplex.engine.sequence import SamplingParams, StopParams, Tokens
 from loraplex.engine.sequence import Sequence as EngineSequence
+from loraplex.engine.stream import TokenStream
 from loraplex.errors import RequestError
 from loraplex.model.decoder import Decoder, DecoderInput
 from loraplex_kernels.ops import Ops
@@ -27,6 +27,7 @@ from tests.exactness.cases import BATCH, NUM_NEW, Folders, digest_of
 CPU = torch.device("cpu")
 MAX_RANK = 64
 GREEDY = SamplingParams(temperature=0.0)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -92,17 +93,23 @@ class RecordingRunner:
 
 
 class Loader:
-    """Two workers, as the server has."""
+    """Gives and copies at once, so that a run's steps are the same every time."""
 
-    def __init__(self, read: Callable[[str], PackedAdapter]) -> None:
-        self.workers = ThreadPoolExecutor(2)
-        self._read = read
+    def __init__(self, packed: Mapping[str, PackedAdapter]) -> None:
+        self._packed = packed
 
     def read(self, digest: str) -> "Future[PackedAdapter]":
-        return self.workers.submit(self._read, digest)
+        return _done(self._packed[digest])
 
     def run(self, work: Callable[[], None]) -> "Future[None]":
-        return self.workers.submit(work)
+        work()
+        return _done(None)
+
+
+def _done(value: T) -> "Future[T]":
+    future: Future[T] = Future()
+    future.set_result(value)
+    return future
 
 
 class Steps:
@@ -135,7 +142,6 @@ class Harness:
         self._runner = ModelRunner(self._decoder, ops, config)
         self._block = block_shape(decoder.config, decoder.dtype, decoder.dtype)
         self._linears = {s.name: BaseLinear(*s) for s in decoder.config.linears()}
-        self._adapters: dict[str, Path] = {}  # by digest
         self._packed: dict[str, PackedAdapter] = {}  # by digest
 
     def run(
@@ -143,7 +149,8 @@ class Harness:
     ) -> tuple[list[Answer], list[StepRecord]]:
         """All requests at once; each one's answer, and the record of every step."""
         adapters = {request.adapter for request in requests if request.adapter is not None}
-        self._adapters |= {digest_of(adapter): self._folders(adapter) for adapter in adapters}
+        for adapter in adapters:
+            self._pack(adapter)
         return asyncio.run(self._run(requests, max_step_tokens))
 
     async def _run(
@@ -157,37 +164,36 @@ class Harness:
             AdapterPool(arena, BATCH),
             SchedulerConfig(self._block.tokens, BATCH, max_step_tokens),
         )
-        loader = Loader(self._pack)
         steps = Steps()
-        engine = Engine(scheduler, runner, loader, steps, EngineConfig(max_live=len(named)))
+        config = EngineConfig(max_live=len(named))
+        engine = Engine(scheduler, runner, Loader(self._packed), steps, config)
+        streams = [engine.submit(self._sequence(*item)) for item in named.items()]
         engine.start()
         try:
-            tokens = await asyncio.gather(*(self._ask(engine, *item) for item in named.items()))
+            tokens = await asyncio.gather(*map(_read, streams))
         finally:
             await engine.stop()
-            loader.workers.shutdown()
         assert not steps.errors, "an adapter was not loaded"
         scheduler.check_integrity()
         assert arena.count(Use.KV) == 0, "KV blocks leaked"
         logits = [torch.cat(runner.logits[request_id]) for request_id in named]
         return list(map(Answer, tokens, logits)), steps.records
 
-    async def _ask(self, engine: Engine[Any], request_id: str, request: Request) -> list[int]:
+    def _sequence(self, request_id: str, request: Request) -> EngineSequence:
         digest = None if request.adapter is None else digest_of(request.adapter)
         stop = StopParams(request.max_tokens)
-        sequence = EngineSequence(request_id, request.prompt, request.sampling, stop, digest)
-        tokens: list[int] = []
-        async for event in engine.submit(sequence):
-            if isinstance(event, Tokens):
-                tokens += event.token_ids
-        return tokens
+        return EngineSequence(request_id, request.prompt, request.sampling, stop, digest)
 
-    def _pack(self, digest: str) -> PackedAdapter:
-        if digest not in self._packed:
-            folder = self._adapters[digest]
-            config = read_config((folder / "adapter_config.json").read_text(), MAX_RANK)
-            weights = folder / "adapter_model.safetensors"
-            spec = read_adapter(weights, config, self._linears, MAX_RANK)
-            layout = Layout(self._block.size, self._decoder.dtype)
-            self._packed[digest] = pack(weights, spec, layout)
-        return self._packed[digest]
+    def _pack(self, adapter: str) -> None:
+        if digest_of(adapter) in self._packed:
+            return
+        folder = self._folders(adapter)
+        config = read_config((folder / "adapter_config.json").read_text(), MAX_RANK)
+        weights = folder / "adapter_model.safetensors"
+        spec = read_adapter(weights, config, self._linears, MAX_RANK)
+        layout = Layout(self._block.size, self._decoder.dtype)
+        self._packed[digest_of(adapter)] = pack(weights, spec, layout)
+
+
+async def _read(stream: TokenStream) -> list[int]:
+    return [t async for event in stream if isinstance(event, Tokens) for t in event.token_ids]

@@ -61,6 +61,12 @@ def expected(reference: Reference, alone: Alone, prompts: Prompts) -> Expected:
 
 
 @pytest.fixture(scope="module")
+def of_base(reference: Reference, prompts: Prompts) -> Callable[[int], Tensor]:
+    """The base's logits for one of the prompts."""
+    return cache(lambda text: reference.logits(None, prompts[text]))
+
+
+@pytest.fixture(scope="module")
 def forced(expected: Expected, prompts: Prompts) -> Forced:
     """A request that takes the tokens PEFT says in float32."""
 
@@ -116,11 +122,10 @@ def compare_bfloat16(case: Case, answer: Answer, expected: Continuation, peft: f
 
 
 def test_every_adapter_visibly_changes_the_output(
-    adapted: Case, reference: Reference, expected: Expected, prompts: Prompts
+    adapted: Case, expected: Expected, of_base: Callable[[int], Tensor]
 ) -> None:
-    prompt = prompts[adapted.text]
-    base = reference.logits(None, prompt)
-    change = relative_error(expected(adapted).logits[: len(prompt)], base)
+    base = of_base(adapted.text)
+    change = relative_error(expected(adapted).logits[: len(base)], base)
     print(f"{adapted.name}: changes logits by {change:.0%} of the largest")
     assert change > 0.05
 
@@ -181,6 +186,15 @@ def test_eight_at_once_in_bfloat16(
     batch: list[Case], bfloat16: Harness, expected: Expected, forced: Forced, peft_error: PeftError
 ) -> None:
     answers, _ = bfloat16.run([forced(case) for case in batch], max_step_tokens=48)
+    for case, answer in zip(batch, answers, strict=True):
+        compare_bfloat16(case, answer, expected(case), peft_error(case))
+
+
+def test_eight_at_once_from_the_codes_in_bfloat16(
+    packed: Harness, expected: Expected, forced: Forced, peft_error: PeftError
+) -> None:
+    batch = all_batches()[-1]
+    answers, _ = packed.run([forced(case) for case in batch])
     for case, answer in zip(batch, answers, strict=True):
         compare_bfloat16(case, answer, expected(case), peft_error(case))
 

@@ -398,7 +398,9 @@ def test_silu_mul_keeps_nan(ops: Ops) -> None:
 
 @pytest.fixture
 def native(native_library: ctypes.CDLL) -> NativeOps:
-    return NativeOps(native_library)
+    ops = NativeOps(native_library)
+    native_library.loraplex_set_num_threads(2)
+    return ops
 
 
 def alone(data: Paged, index: int) -> tuple[Tensor, AttentionInput]:

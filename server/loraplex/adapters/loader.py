@@ -7,6 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
+from loraplex_kernels.tables import GRANULE_RANK
 from safetensors import SafetensorError
 
 from loraplex.adapters.packing import Layout, PackedAdapter, open_packed, pack, save_packed
@@ -75,7 +76,10 @@ class AdapterLoader:
         path = folder / self._cache_name
         try:
             if path.exists():
-                return open_packed(path)
+                packed = open_packed(path)
+                # Kept by a server with a larger --max-rank: to be refused, below.
+                if packed.num_parts <= -(-self._max_rank // GRANULE_RANK):
+                    return packed
         except (SafetensorError, OSError) as error:
             log.warning("packing adapter %s again: %s", digest[:12], error)
         with storage_errors():

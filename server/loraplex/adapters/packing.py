@@ -49,6 +49,11 @@ class PackedAdapter:
     def num_blocks(self) -> int:
         return int(self.data.shape[0])
 
+    @property
+    def num_parts(self) -> int:
+        """Granules of the module with the largest rank."""
+        return 1 + max(granule.part for granule in self.granules)
+
     def placed(self, blocks: Sequence[int]) -> list[Granule]:
         """The granules with their offsets in the arena, where block i of `data` is blocks[i]."""
         size = int(self.data.shape[1])

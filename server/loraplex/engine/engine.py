@@ -126,6 +126,7 @@ class Engine(Generic[P]):
         self._loop = asyncio.get_running_loop()
         self._streams: dict[str, TokenStream] = {}  # the event loop's
         self._stopped = False
+        self.crashed = asyncio.Event()  # set when the thread ended by itself: nothing runs any more
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._live: dict[str, Sequence] = {}  # the engine thread's, as all below
         self._fetches: dict[str, _Fetch[P]] = {}
@@ -168,18 +169,29 @@ class Engine(Generic[P]):
 
     async def stop(self) -> None:
         """End the thread; requests still live get DRAINING."""
-        self._stopped = True
-        for stream in self._streams.values():
-            stream.push(RequestError("DRAINING", "the server was shut down"))
-        self._streams.clear()
+        self._end_streams(RequestError("DRAINING", "the server was shut down"))
         self._inbox.put(self._stop)
         await asyncio.to_thread(self._thread.join)
 
+    def _end_streams(self, error: RequestError) -> None:
+        self._stopped = True
+        for stream in self._streams.values():
+            stream.push(error)
+        self._streams.clear()
+
     def _run(self) -> None:
         busy = False
-        while not self._stopping:
-            self._drain_inbox(wait=not busy)
-            busy = self._step()
+        try:
+            while not self._stopping:
+                self._drain_inbox(wait=not busy)
+                busy = self._step()
+        except Exception:
+            log.exception("the engine failed")
+            self._loop.call_soon_threadsafe(self._on_crash)
+
+    def _on_crash(self) -> None:
+        self._end_streams(RequestError("INTERNAL", "internal error"))
+        self.crashed.set()
 
     def _drain_inbox(self, wait: bool) -> None:
         if wait:

@@ -57,7 +57,8 @@ class ModelRunner:
         self._decoder = decoder
         self._ops = ops
         block = block_shape(model, dtype, dtype)
-        arena = torch.zeros(config.num_blocks * block.size, dtype=torch.uint8, device=config.device)
+        # Not zeroed: nothing is read before it was written, and pages come as they are touched.
+        arena = torch.empty(config.num_blocks * block.size, dtype=torch.uint8, device=config.device)
         self._blocks = arena.view(config.num_blocks, block.size)
         self._kv_cache = arena.view(dtype).view(
             config.num_blocks, model.num_layers, 2, model.num_kv_heads, block.tokens, model.head_dim
