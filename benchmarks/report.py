@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from typing import Any
 
 from figures import Summary
 from workload import Shape
@@ -45,14 +46,29 @@ def as_json(results: Results) -> list[dict[str, object]]:
 
 
 def markdown(results: Results) -> str:
-    """A table, and how much the repeats of one wave differ."""
+    """A table, and how much the repeats of one wave differ, where there are any."""
     systems = list(next(iter(results.values())))
     rows = [_header(systems)]
     rows.append(["---:"] * len(rows[0]))
     rows += [_row(results, shape, systems) for shape in results]
     lines = ["| " + " | ".join(row) + " |" for row in rows]
-    spread = max(summary.spread for by_system in results.values() for summary in by_system.values())
-    return "\n".join([*lines, "", f"Repeats of one wave lie up to {spread:.0%} apart."])
+    summaries = [summary for by_system in results.values() for summary in by_system.values()]
+    if any(len(summary.end_to_end_waves) > 1 for summary in summaries):
+        spread = max(summary.spread for summary in summaries)
+        lines += ["", f"Repeats of one wave lie up to {spread:.0%} apart."]
+    return "\n".join(lines)
+
+
+def conditions(environment: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+    """What a reader of the table alone must know."""
+    packages = (f"{name} {found}" for name, found in environment["packages"].items() if found)
+    return (
+        f"{settings['model']}, {settings['dtype']}, prompts of {settings['prompt_tokens']} tokens, "
+        f"{settings['max_tokens']} tokens out, adapters of rank {settings['rank']} on all seven "
+        f"linears, {settings['threads']} torch threads. {environment['cpu']}, "
+        f"{environment['cores']} cores, load {environment['load_before']} before the start; "
+        f"{', '.join(packages)}; revision {environment['revision']}; {environment['date']}."
+    )
 
 
 def _header(systems: Sequence[str]) -> list[str]:

@@ -22,7 +22,7 @@ from loraplex_client import LoraplexError
 from options import build_parser
 from peers.loraplex_grpc import Loraplex, address, check_limits, serve_command
 from peers.pipe import PEERS, PeerSettings, PipedPeer
-from report import OURS, TITLES, Results, as_json, markdown
+from report import OURS, TITLES, as_json, conditions, markdown
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from turns import Done, System, Turn, measure, turns
@@ -72,9 +72,11 @@ def _benchmark(args: argparse.Namespace, command: str) -> None:
         )
         with _progress(wanted, systems) as done:
             results = measure(systems, workload, wanted, done)
-    table = markdown(results)
-    sys.stdout.write(table + "\n")
-    _save(args, about, results, table)
+    settings = _settings(args)
+    table = f"{markdown(results)}\n\n{conditions(about, settings)}\n"
+    sys.stdout.write(table)
+    record = {"environment": about, "settings": settings, "results": as_json(results)}
+    _save(args, json.dumps(record, indent=2) + "\n", table)
 
 
 def _write_adapters(
@@ -150,24 +152,23 @@ def _progress(wanted: Sequence[Shape], systems: Sequence[System]) -> Iterator[Do
         yield done
 
 
-def _save(
-    args: argparse.Namespace, about: Mapping[str, object], results: Results, table: str
-) -> None:
+def _settings(args: argparse.Namespace) -> dict[str, object]:
     options = ("prompt_tokens", "max_tokens", "rank", "repeats", "peer_repeats", "seed", "dtype")
-    settings = {
+    return {
         **{option: getattr(args, option) for option in options},
         "model": Path(args.model).name,
         "threads": args.threads,
         "own_server": args.server is None,
     }
-    record = {"environment": about, "settings": settings, "results": as_json(results)}
-    text = json.dumps(record, indent=2) + "\n"
+
+
+def _save(args: argparse.Namespace, record: str, table: str) -> None:
     if args.out is not None:
-        args.out.write_text(text, encoding="utf-8")
+        args.out.write_text(record, encoding="utf-8")
     if args.save is not None:
         RESULTS.mkdir(exist_ok=True)
-        (RESULTS / f"{args.save}.json").write_text(text, encoding="utf-8")
-        (RESULTS / f"{args.save}.md").write_text(table + "\n", encoding="utf-8")
+        (RESULTS / f"{args.save}.json").write_text(record, encoding="utf-8")
+        (RESULTS / f"{args.save}.md").write_text(table, encoding="utf-8")
 
 
 if __name__ == "__main__":

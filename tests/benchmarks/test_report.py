@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from figures import Summary
-from report import as_json, markdown
+from report import as_json, conditions, markdown
 from workload import Shape
 
 SUMMARY = Summary(
@@ -56,3 +56,34 @@ def test_json_has_every_wave_and_both_ratios() -> None:
     assert isinstance(systems, dict)
     assert systems["loraplex"]["of_own_base"] == 0.75
     assert systems["loraplex"]["end_to_end_waves"] == (76.0, 80.0, 84.0)
+
+
+def test_one_repeat_has_no_spread() -> None:
+    once = {Shape(8, 0): {"loraplex": replace(SUMMARY, end_to_end_waves=(80.0,))}}
+
+    assert markdown(once).endswith("| 80.0 |")
+
+
+def test_conditions_name_model_machine_and_versions() -> None:
+    about = {
+        "cpu": "A CPU",
+        "cores": 2,
+        "load_before": 0.1,
+        "packages": {"torch": "2.13.0", "peft": None},
+        "revision": "abc",
+        "date": "2026-01-01",
+    }
+    settings = {
+        "model": "tiny",
+        "dtype": "bfloat16",
+        "prompt_tokens": 64,
+        "max_tokens": 32,
+        "rank": 16,
+        "threads": 2,
+    }
+
+    assert conditions(about, settings) == (
+        "tiny, bfloat16, prompts of 64 tokens, 32 tokens out, adapters of rank 16 on all seven "
+        "linears, 2 torch threads. A CPU, 2 cores, load 0.1 before the start; torch 2.13.0; "
+        "revision abc; 2026-01-01."
+    )

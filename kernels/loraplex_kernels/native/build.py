@@ -40,12 +40,12 @@ def load_library(cache_dir: Path) -> ctypes.CDLL:
     if compiler is None:
         raise BuildError("no C++ compiler found")
     target = cache_dir / f"ops-{_fingerprint(compiler)}.so"
-    if not target.exists():
-        _compile(compiler, target)
     try:
+        if not target.exists():
+            _compile(compiler, target)
         return ctypes.CDLL(str(target))
     except OSError as error:
-        raise BuildError(f"the compiled ops do not load: {error}") from error
+        raise BuildError(f"the compiled ops cannot be kept or loaded: {error}") from error
 
 
 def _fingerprint(compiler: str) -> str:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from loraplex.errors import ModelError
 from loraplex.model.config import read_json
+
+log = logging.getLogger(__name__)
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -112,10 +115,13 @@ def _cached_tensor_digest(checkpoint: Checkpoint, cache_dir: Path) -> str:
     if cached.exists() and len(digest := cached.read_text().strip()) == 64:
         return digest
     digest = _tensor_digest(checkpoint)
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    fresh = cached.with_suffix(f".{os.getpid()}.tmp")
-    fresh.write_text(digest)
-    fresh.replace(cached)
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        fresh = cached.with_suffix(f".{os.getpid()}.tmp")
+        fresh.write_text(digest)
+        fresh.replace(cached)
+    except OSError as error:
+        log.warning("the base model's identity is computed at every start: %s", error)
     return digest
 
 

@@ -29,17 +29,18 @@ class LoadOptions:
     form: WeightForm
 
 
-def check_quantization(folder: Path) -> None:
-    """Refuse a checkpoint that is quantised in any other way than bitsandbytes' NF4."""
+def is_quantized(folder: Path) -> bool:
+    """Whether a checkpoint is in bitsandbytes' NF4 already; ModelError for any other scheme."""
     settings = read_json(folder / "config.json").get("quantization_config")
     if settings is None:
-        return
+        return False
     method, kind = settings.get("quant_method"), settings.get("bnb_4bit_quant_type")
     if method != "bitsandbytes" or not settings.get("load_in_4bit") or kind != "nf4":
         raise ModelError(
             f"config.json: quantisation {method!r} is not supported; give the full-precision "
             "checkpoint, or one in bitsandbytes' nf4"
         )
+    return True
 
 
 def load_decoder(
@@ -49,7 +50,6 @@ def load_decoder(
     progress: Progress = lambda done, total: None,
 ) -> Decoder:
     """Read, quantise and place every weight; at most one layer is in full precision at a time."""
-    check_quantization(checkpoint.folder)
     reader = _Reader(checkpoint, config, options)
     layers = []
     for index in range(config.num_layers):
@@ -69,6 +69,7 @@ class _Reader:
         self._checkpoint = checkpoint
         self._config = config
         self._options = options
+        self._is_quantized = is_quantized(checkpoint.folder)
 
     def layer(self, index: int) -> DecoderLayer:
         prefix = f"model.layers.{index}"
@@ -113,9 +114,14 @@ class _Reader:
         )
 
     def _weight(self, name: str, shape: tuple[int, int]) -> NF4Weight:
-        if f"{name}.weight.{nf4.QUANT_STATE_KEY}" not in self._checkpoint:
+        if not self._is_quantized:
             return nf4.quantize(self._checkpoint.read_float(f"{name}.weight", shape))
         prefix = f"{name}.weight"
+        if f"{prefix}.{nf4.QUANT_STATE_KEY}" not in self._checkpoint:
+            raise ModelError(
+                f"{prefix} is not quantised, though the checkpoint is; give one whose linears all "
+                "are in nf4, or the full-precision checkpoint"
+            )
         names = [n for n in self._checkpoint.names if n == prefix or n.startswith(prefix + ".")]
         tensors = {n.removeprefix(f"{name}.").removeprefix("weight."): n for n in names}
         try:

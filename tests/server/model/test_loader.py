@@ -227,7 +227,7 @@ STATE = f"{LINEAR}.{nf4.QUANT_STATE_KEY}"
         (drop(f"{LINEAR}.absmax"), LINEAR),
         (drop(f"{LINEAR}.quant_map"), LINEAR),
         (drop(LINEAR), LINEAR),
-        (drop(STATE), f"{LINEAR} has dtype uint8"),
+        (drop(STATE), f"{LINEAR} is not quantised, though the checkpoint is"),
         (change(f"{LINEAR}.absmax", lambda t: t[1:]), f"{LINEAR} is not a readable NF4 weight"),
         (change(LINEAR, lambda t: t[1:]), f"{LINEAR} is not a readable NF4 weight"),
         (change(STATE, lambda t: t[:-5]), f"{LINEAR} is not a readable NF4 weight"),
