@@ -3,7 +3,7 @@
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from loraplex_kernels.segments import NO_ADAPTER, Segment, segments_of
 
@@ -26,6 +26,7 @@ def test_runs(slots: list[int], expected: list[tuple[int, int, int]]) -> None:
     assert segments_of(slots) == tuple(Segment(*run) for run in expected)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(NO_ADAPTER, 3), max_size=40))
 def test_segments_say_what_the_rows_said(slots: list[int]) -> None:
     segments = segments_of(iter(slots))

@@ -15,9 +15,6 @@ _SUFFIX = {torch.bfloat16: "bf16", torch.float32: "f32"}
 LONG_SEGMENT = 96
 """Rows from which one segment's LoRA is quicker as two matrix products (bf16, measured)."""
 
-LONG_QUERY = 16
-"""Queries from which one sequence's attention is quicker as a gather and one fused product."""
-
 
 @lru_cache(maxsize=256)
 def _projection_table(projections: tuple[Projection, ...]) -> "ctypes.Array[c_int64]":

@@ -203,6 +203,7 @@ class Engine(Generic[P]):
     def _step(self) -> bool:
         """Schedule, run, update. False when there was nothing to run."""
         started = self._clock()
+        self._forget_unwanted()
         sizes = {d: f.packed.num_blocks for d, f in self._fetches.items() if f.packed is not None}
         step = self._scheduler.schedule(sizes, started)
         for digest in step.wanted:
@@ -284,6 +285,16 @@ class Engine(Generic[P]):
             self._fetches[digest] = _Fetch(self._clock())
             future = self._loader.read(digest)
             future.add_done_callback(lambda f: self._inbox.put(partial(self._on_read, digest, f)))
+
+    def _forget_unwanted(self) -> None:
+        """Let go of adapters that were read for requests which are gone."""
+        if not self._fetches:
+            return
+        wanted = {sequence.digest for sequence in self._scheduler.waiting}
+        for digest, fetch in list(self._fetches.items()):
+            is_copied = self._scheduler.pool.get(digest) is not None
+            if fetch.packed is not None and digest not in wanted and not is_copied:
+                del self._fetches[digest]
 
     def _on_read(self, digest: str, future: "Future[P]") -> None:
         error = future.exception()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from loraplex.adapters.packing import (
     ALIGNMENT,
@@ -123,6 +123,7 @@ def test_the_fingerprint_is_the_layouts() -> None:
     assert Layout(4096, torch.bfloat16).fingerprint == layouts[0].fingerprint
 
 
+@settings(deadline=None)
 @given(
     st.integers(1, 64).flatmap(
         lambda lines: st.tuples(
