@@ -12,6 +12,10 @@
 
 namespace {
 
+// Multiplications from which a second thread pays for being woken: 70 us (measured) under OpenMP's
+// passive waiting, which leaves the cores to others.
+constexpr int64_t kWorthWaking = 1'000'000;
+
 int num_threads = 1;  // OpenMP's own setting is a thread's, and steps run on a thread of their own
 
 struct bf16 {
@@ -57,10 +61,56 @@ inline float exponential(float x) {
     return p * power;
 }
 
+// kLanes floats at once, whatever the processor's own vectors hold. Every row keeps the same order of
+// additions in each lane and across lanes, however many rows share a pass.
+constexpr int64_t kLanes = 16;
+using Lanes = float __attribute__((vector_size(kLanes * sizeof(float))));
+using Bits16 = uint16_t __attribute__((vector_size(kLanes * sizeof(uint16_t))));
+using Bits32 = uint32_t __attribute__((vector_size(kLanes * sizeof(uint32_t))));
+
+inline Lanes load_lanes(const float* p) {
+    Lanes value;
+    std::memcpy(&value, p, sizeof value);
+    return value;
+}
+
+inline Lanes load_lanes(const bf16* p) {
+    Bits16 half;
+    std::memcpy(&half, p, sizeof half);
+    const Bits32 word = __builtin_convertvector(half, Bits32) << 16;
+    Lanes value;
+    std::memcpy(&value, &word, sizeof value);
+    return value;
+}
+
+inline void store_lanes(float* p, Lanes value) { std::memcpy(p, &value, sizeof value); }
+
+inline void store_lanes(bf16* p, Lanes value) {
+    Bits32 word;
+    std::memcpy(&word, &value, sizeof word);
+    const Bits32 rounded = (word + 0x7fffu + ((word >> 16) & 1u)) >> 16;
+    const auto nan = (word & 0x7fffffffu) > 0x7f800000u;
+    const Bits16 half = __builtin_convertvector(nan ? Bits32{} + 0x7fc0u : rounded, Bits16);
+    std::memcpy(p, &half, sizeof half);
+}
+
+// Halves onto each other until four are left.
+inline float sum_lanes(Lanes value) {
+    using Half = float __attribute__((vector_size(sizeof(Lanes) / 2)));
+    using Quarter = float __attribute__((vector_size(sizeof(Lanes) / 4)));
+    Half half[2];
+    std::memcpy(half, &value, sizeof value);
+    half[0] += half[1];
+    Quarter quarter[2];
+    std::memcpy(quarter, half, sizeof half[0]);
+    quarter[0] += quarter[1];
+    return (quarter[0][0] + quarter[0][2]) + (quarter[0][1] + quarter[0][3]);
+}
+
 template <typename T>
 void add_rms_norm(float* residual, const T* delta, const float* weight, T* out, int64_t rows, int64_t size,
                   float eps) {
-#pragma omp parallel for schedule(static) num_threads(num_threads) if (rows > 1)
+#pragma omp parallel for schedule(static) num_threads(num_threads) if (4 * rows * size > kWorthWaking)
     for (int64_t row = 0; row < rows; ++row) {
         float* r = residual + row * size;
         float sum = 0.f;
@@ -80,7 +130,7 @@ void add_rms_norm(float* residual, const T* delta, const float* weight, T* out, 
 
 template <typename T>
 void silu_mul(const T* gate_up, T* out, int64_t rows, int64_t size) {
-#pragma omp parallel for schedule(static) num_threads(num_threads) if (rows > 1)
+#pragma omp parallel for schedule(static) num_threads(num_threads) if (16 * rows * size > kWorthWaking)
     for (int64_t row = 0; row < rows; ++row) {
         const T* gate = gate_up + row * 2 * size;
         const T* up = gate + size;
@@ -104,7 +154,7 @@ template <typename T>
 void rotary_and_cache(T* qkv, const float* cos, const float* sin, T* k_cache, T* v_cache,
                       const int64_t* slots, int64_t rows, int64_t heads, Cache cache) {
     const int64_t dim = cache.head_dim, half = dim / 2, width = (heads + 2 * cache.kv_heads) * dim;
-#pragma omp parallel for schedule(static) num_threads(num_threads) if (rows > 1)
+#pragma omp parallel for schedule(static) num_threads(num_threads) if (4 * rows * width > kWorthWaking)
     for (int64_t row = 0; row < rows; ++row) {
         const float* c = cos + row * half;
         const float* s = sin + row * half;
@@ -126,61 +176,70 @@ void rotary_and_cache(T* qkv, const float* cos, const float* sin, T* k_cache, T*
     }
 }
 
+template <typename T>
+inline float dot(const float* query, const T* key, int64_t dim) {
+    Lanes sum = {};
+    int64_t i = 0;
+    for (; i + kLanes <= dim; i += kLanes) sum += load_lanes(query + i) * load_lanes(key + i);
+    float total = sum_lanes(sum);
+    for (; i < dim; ++i) total += query[i] * load(key, i);
+    return total;
+}
+
+// In place; the sum is over all of `score`.
+inline void softmax(float* score, int64_t size) {
+    float top = score[0], total = 0.f;
+#pragma omp simd reduction(max : top)
+    for (int64_t t = 0; t < size; ++t) top = std::max(top, score[t]);
+#pragma omp simd reduction(+ : total)
+    for (int64_t t = 0; t < size; ++t) {
+        score[t] = exponential(score[t] - top);
+        total += score[t];
+    }
+    const float inverse = 1.f / total;
+#pragma omp simd
+    for (int64_t t = 0; t < size; ++t) score[t] *= inverse;
+}
+
 // One query row against one kv head: its group of heads, over the keys of a block table.
 template <typename T>
 void attend(const T* q, const T* k_cache, const T* v_cache, T* out, const int32_t* blocks, int64_t context,
             int64_t group, int64_t kv_head, const Cache& cache, std::vector<float>& scratch) {
     const int64_t dim = cache.head_dim;
-    scratch.resize(group * (context + 2 * dim));
+    scratch.resize(group * (context + dim));
     float* queries = scratch.data();
-    float* sums = queries + group * dim;
-    float* scores = sums + group * dim;
+    float* scores = queries + group * dim;  // [group][context]
     const float scale = 1.f / std::sqrt(static_cast<float>(dim));
-    for (int64_t i = 0; i < group * dim; ++i) queries[i] = load(q, i) * scale, sums[i] = 0.f;
+    for (int64_t i = 0; i < group * dim; ++i) queries[i] = load(q, i) * scale;
+    const auto row = [&](const T* base, int64_t t) {
+        return base + blocks[t / cache.block_tokens] * cache.stride_block +
+               (kv_head * cache.block_tokens + t % cache.block_tokens) * dim;
+    };
     for (int64_t start = 0; start < context; start += cache.block_tokens) {
-        const int64_t count = std::min(cache.block_tokens, context - start);
-        const int64_t base = blocks[start / cache.block_tokens] * cache.stride_block +
-                             kv_head * cache.block_tokens * dim;
-        for (int64_t t = 0; t < count; ++t) {
-            const T* key = k_cache + base + t * dim;
-            for (int64_t g = 0; g < group; ++g) {
-                const float* query = queries + g * dim;
-                float dot = 0.f;
-#pragma omp simd reduction(+ : dot)
-                for (int64_t i = 0; i < dim; ++i) dot += query[i] * load(key, i);
-                scores[g * context + start + t] = dot;
-            }
-        }
+        const int64_t end = std::min(start + cache.block_tokens, context);
+        const T* key = row(k_cache, start);
+        for (int64_t t = start; t < end; ++t, key += dim)
+            for (int64_t g = 0; g < group; ++g) scores[g * context + t] = dot(queries + g * dim, key, dim);
     }
+    for (int64_t g = 0; g < group; ++g) softmax(scores + g * context, context);
     for (int64_t g = 0; g < group; ++g) {
-        float* score = scores + g * context;
-        float top = score[0], total = 0.f;
-#pragma omp simd reduction(max : top)
-        for (int64_t t = 0; t < context; ++t) top = std::max(top, score[t]);
-#pragma omp simd reduction(+ : total)
-        for (int64_t t = 0; t < context; ++t) {
-            score[t] = exponential(score[t] - top);
-            total += score[t];
-        }
-        const float inverse = 1.f / total;
-#pragma omp simd
-        for (int64_t t = 0; t < context; ++t) score[t] *= inverse;
-    }
-    for (int64_t start = 0; start < context; start += cache.block_tokens) {
-        const int64_t count = std::min(cache.block_tokens, context - start);
-        const int64_t base = blocks[start / cache.block_tokens] * cache.stride_block +
-                             kv_head * cache.block_tokens * dim;
-        for (int64_t t = 0; t < count; ++t) {
-            const T* value = v_cache + base + t * dim;
-            for (int64_t g = 0; g < group; ++g) {
-                const float weight = scores[g * context + start + t];
-                float* sum = sums + g * dim;
-#pragma omp simd
-                for (int64_t i = 0; i < dim; ++i) sum[i] += weight * load(value, i);
+        const float* score = scores + g * context;
+        int64_t i = 0;
+        for (; i + kLanes <= dim; i += kLanes) {
+            Lanes sum = {};
+            for (int64_t start = 0; start < context; start += cache.block_tokens) {
+                const int64_t end = std::min(start + cache.block_tokens, context);
+                const T* value = row(v_cache, start) + i;
+                for (int64_t t = start; t < end; ++t, value += dim) sum += score[t] * load_lanes(value);
             }
+            store_lanes(out + g * dim + i, sum);
+        }
+        for (; i < dim; ++i) {
+            float sum = 0.f;
+            for (int64_t t = 0; t < context; ++t) sum += score[t] * load(row(v_cache, t), i);
+            store(out, g * dim + i, sum);
         }
     }
-    for (int64_t i = 0; i < group * dim; ++i) store(out, i, sums[i]);
 }
 
 template <typename T>
@@ -188,7 +247,9 @@ void paged_attention(const T* qkv, const T* k_cache, const T* v_cache, T* out, c
                      int64_t max_blocks, const int32_t* contexts, int64_t rows, int64_t heads, Cache cache) {
     const int64_t group = heads / cache.kv_heads, dim = cache.head_dim;
     const int64_t width = (heads + 2 * cache.kv_heads) * dim;
-#pragma omp parallel num_threads(num_threads)
+    int64_t keys = 0;
+    for (int64_t row = 0; row < rows; ++row) keys += contexts[row];
+#pragma omp parallel num_threads(num_threads) if (keys * heads * dim > kWorthWaking)
     {
         std::vector<float> scratch;
 #pragma omp for schedule(dynamic, 2) collapse(2)
@@ -213,60 +274,81 @@ struct Projection {
     int64_t module, column, width;
 };
 
-// v[j][r] = sum_k x[j][k] A[r][k] for up to kRows rows at once.
-template <typename W>
-void shrink(const float* x, const W* a, float v[kRows][kRank], int64_t k_size) {
-    for (int64_t r = 0; r < kRank; ++r) {
-        const W* weight = a + r * k_size;
-        const float *x0 = x, *x1 = x + k_size, *x2 = x + 2 * k_size, *x3 = x + 3 * k_size;
-        float s0 = 0.f, s1 = 0.f, s2 = 0.f, s3 = 0.f;
-#pragma omp simd reduction(+ : s0, s1, s2, s3)
-        for (int64_t k = 0; k < k_size; ++k) {
-            const float w = load(weight, k);
-            s0 += x0[k] * w, s1 += x1[k] * w, s2 += x2[k] * w, s3 += x3[k] * w;
+// v[j][r] = scale * sum_k x[j][k] A[r][k], two ranks a pass.
+template <int64_t Rows, typename W>
+void shrink(const float* x, const W* a, float scale, float (*v)[kRank], int64_t k_size) {
+    for (int64_t r = 0; r < kRank; r += 2) {
+        const W *a0 = a + r * k_size, *a1 = a0 + k_size;
+        Lanes sum0[Rows] = {}, sum1[Rows] = {};
+        int64_t k = 0;
+        for (; k + kLanes <= k_size; k += kLanes) {
+            const Lanes w0 = load_lanes(a0 + k), w1 = load_lanes(a1 + k);
+            for (int64_t j = 0; j < Rows; ++j) {
+                const Lanes input = load_lanes(x + j * k_size + k);
+                sum0[j] += input * w0;
+                sum1[j] += input * w1;
+            }
         }
-        v[0][r] = s0, v[1][r] = s1, v[2][r] = s2, v[3][r] = s3;
-    }
-}
-
-// sum[j][n] += v[j][r] B[r][n], four ranks a pass.
-template <typename W>
-void expand(const float v[kRows][kRank], const W* b, float* sum, int64_t rows, int64_t n_size) {
-    for (int64_t r = 0; r < kRank; r += 4) {
-        const W *b0 = b + r * n_size, *b1 = b0 + n_size, *b2 = b1 + n_size, *b3 = b2 + n_size;
-        for (int64_t j = 0; j < rows; ++j) {
-            const float v0 = v[j][r], v1 = v[j][r + 1], v2 = v[j][r + 2], v3 = v[j][r + 3];
-            float* out = sum + j * n_size;
-#pragma omp simd
-            for (int64_t n = 0; n < n_size; ++n)
-                out[n] += v0 * load(b0, n) + v1 * load(b1, n) + v2 * load(b2, n) + v3 * load(b3, n);
+        for (int64_t j = 0; j < Rows; ++j) {
+            float total0 = sum_lanes(sum0[j]), total1 = sum_lanes(sum1[j]);
+            for (int64_t i = k; i < k_size; ++i) {
+                total0 += x[j * k_size + i] * load(a0, i);
+                total1 += x[j * k_size + i] * load(a1, i);
+            }
+            v[j][r] = scale * total0;
+            v[j][r + 1] = scale * total1;
         }
     }
 }
 
-template <typename T, typename W>
+// y[j][n] += sum over granules g and ranks r of v[g][j][r] B_g[r][n], rounded once.
+template <int64_t Rows, typename T, typename W>
+void expand(T* y, int64_t y_stride, const float (*v)[kRows][kRank], const W* const* b, int64_t granules,
+            int64_t n_size) {
+    int64_t n = 0;
+    for (; n + kLanes <= n_size; n += kLanes) {
+        Lanes sum[Rows];
+        for (int64_t j = 0; j < Rows; ++j) sum[j] = load_lanes(y + j * y_stride + n);
+        for (int64_t g = 0; g < granules; ++g)
+            for (int64_t r = 0; r < kRank; ++r) {
+                const Lanes weight = load_lanes(b[g] + r * n_size + n);
+                for (int64_t j = 0; j < Rows; ++j) sum[j] += v[g][j][r] * weight;
+            }
+        for (int64_t j = 0; j < Rows; ++j) store_lanes(y + j * y_stride + n, sum[j]);
+    }
+    for (; n < n_size; ++n)
+        for (int64_t j = 0; j < Rows; ++j) {
+            float sum = load(y + j * y_stride, n);
+            for (int64_t g = 0; g < granules; ++g)
+                for (int64_t r = 0; r < kRank; ++r) sum += v[g][j][r] * load(b[g], r * n_size + n);
+            store(y + j * y_stride, n, sum);
+        }
+}
+
+template <typename W>
+struct Scratch {
+    std::vector<float> inputs;
+    std::vector<float> shrunk;  // [granules][kRows][kRank]
+    std::vector<const W*> b;
+};
+
+template <int64_t Rows, typename T, typename W>
 void lora_rows(T* y, int64_t y_stride, const T* x, int64_t k_size, const uint8_t* arena, const Tables& tables,
-               int64_t cell, int64_t rows, const Projection& p, std::vector<float>& scratch) {
+               int64_t cell, int64_t width, Scratch<W>& scratch) {
     const int64_t count = tables.num_granules[cell];
-    if (count == 0) return;
-    scratch.assign(kRows * (k_size + p.width), 0.f);
-    float* inputs = scratch.data();
-    float* sum = inputs + kRows * k_size;
-    for (int64_t j = 0; j < rows; ++j)
-        for (int64_t k = 0; k < k_size; ++k) inputs[j * k_size + k] = load(x + j * k_size, k);
+    scratch.inputs.resize(Rows * k_size);
+    scratch.shrunk.resize(count * kRows * kRank);
+    scratch.b.resize(count);
+    float* inputs = scratch.inputs.data();
+    for (int64_t i = 0; i < Rows * k_size; ++i) inputs[i] = load(x, i);
+    auto* v = reinterpret_cast<float(*)[kRows][kRank]>(scratch.shrunk.data());
     for (int64_t g = 0; g < count; ++g) {
         const int64_t entry = cell * tables.granules + g;
-        float v[kRows][kRank];
-        shrink(inputs, reinterpret_cast<const W*>(arena + tables.offset[2 * entry]), v, k_size);
-        for (int64_t j = 0; j < rows; ++j)
-            for (int64_t r = 0; r < kRank; ++r) v[j][r] *= tables.scale[entry];
-        expand(v, reinterpret_cast<const W*>(arena + tables.offset[2 * entry + 1]), sum, rows, p.width);
+        const W* a = reinterpret_cast<const W*>(arena + tables.offset[2 * entry]);
+        scratch.b[g] = reinterpret_cast<const W*>(arena + tables.offset[2 * entry + 1]);
+        shrink<Rows>(inputs, a, tables.scale[entry], v[g], k_size);
     }
-    for (int64_t j = 0; j < rows; ++j) {
-        T* out = y + j * y_stride + p.column;
-#pragma omp simd
-        for (int64_t n = 0; n < p.width; ++n) store(out, n, load(out, n) + sum[j * p.width + n]);
-    }
+    expand<Rows>(y, y_stride, v, scratch.b.data(), count, width);
 }
 
 struct Task {
@@ -274,29 +356,44 @@ struct Task {
     int64_t lo, rows, projection;
 };
 
+// Up to kRows rows of one segment through one projection.
+template <typename T, typename W>
+void lora_task(T* y, int64_t y_stride, const T* x, int64_t k_size, const uint8_t* arena, const Tables& tables,
+               int64_t layer, const Task& task, const Projection& p, Scratch<W>& scratch) {
+    const int64_t cell = (task.slot * tables.layers + layer) * tables.modules + p.module;
+    if (tables.num_granules[cell] == 0) return;
+    y += task.lo * y_stride + p.column;
+    x += task.lo * k_size;
+    switch (task.rows) {
+        case 1: return lora_rows<1>(y, y_stride, x, k_size, arena, tables, cell, p.width, scratch);
+        case 2: return lora_rows<2>(y, y_stride, x, k_size, arena, tables, cell, p.width, scratch);
+        case 3: return lora_rows<3>(y, y_stride, x, k_size, arena, tables, cell, p.width, scratch);
+        default: return lora_rows<kRows>(y, y_stride, x, k_size, arena, tables, cell, p.width, scratch);
+    }
+}
+
 template <typename T, typename W>
 void lora(T* y, int64_t y_stride, const T* x, int64_t k_size, const uint8_t* arena, const Tables& tables,
           const int32_t* segments, int64_t num_segments, int64_t long_segment, int64_t layer,
           const Projection* projections, int64_t num_projections) {
     std::vector<Task> tasks;
+    int64_t elements = 0;
     for (int64_t s = 0; s < num_segments; ++s) {
         if (segments[3 * s + 2] - segments[3 * s + 1] >= long_segment) continue;  // the caller's
         for (int64_t lo = segments[3 * s + 1]; lo < segments[3 * s + 2]; lo += kRows)
-            for (int64_t p = 0; p < num_projections; ++p)
+            for (int64_t p = 0; p < num_projections; ++p) {
                 tasks.push_back({segments[3 * s], lo, std::min<int64_t>(kRows, segments[3 * s + 2] - lo), p});
+                elements += kRank * (k_size + projections[p].width);
+            }
     }
     const int64_t num_tasks = static_cast<int64_t>(tasks.size());
-#pragma omp parallel num_threads(num_threads) if (num_tasks > 1)
+#pragma omp parallel num_threads(num_threads) if (elements > kWorthWaking)
     {
-        std::vector<float> scratch;
+        Scratch<W> scratch;
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < num_tasks; ++i) {
-            const Task& task = tasks[i];
-            const Projection& p = projections[task.projection];
-            const int64_t cell = (task.slot * tables.layers + layer) * tables.modules + p.module;
-            lora_rows<T, W>(y + task.lo * y_stride, y_stride, x + task.lo * k_size, k_size, arena, tables, cell,
-                            task.rows, p, scratch);
-        }
+        for (int64_t i = 0; i < num_tasks; ++i)
+            lora_task(y, y_stride, x, k_size, arena, tables, layer, tasks[i], projections[tasks[i].projection],
+                      scratch);
     }
 }
 

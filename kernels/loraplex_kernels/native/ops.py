@@ -1,6 +1,7 @@
 """The compiled ops behind the common interface; whatever they do not cover goes to torch."""
 
 import ctypes
+from collections.abc import Callable, Mapping
 from ctypes import c_float, c_int64, c_void_p
 from functools import lru_cache
 
@@ -16,6 +17,33 @@ LONG_SEGMENT = 96
 """Rows from which one segment's LoRA is quicker as two matrix products (bf16, measured)."""
 
 
+_POINTER, _COUNT = c_void_p, c_int64
+_CACHE_SHAPE = (_COUNT,) * 4  # elements a block, kv_heads, block_tokens, head_dim
+# What each function of ops.cpp takes, in order; declared once, so that calls need no conversion.
+_ARGUMENTS: Mapping[str, tuple[type, ...]] = {
+    "add_rms_norm": (*(_POINTER,) * 4, *(_COUNT,) * 2, c_float),
+    "rotary_and_cache": (*(_POINTER,) * 6, *(_COUNT,) * 2, *_CACHE_SHAPE),
+    "attention": (*(_POINTER,) * 5, _COUNT, _POINTER, *(_COUNT,) * 2, *_CACHE_SHAPE),
+    "silu_mul": (*(_POINTER,) * 2, *(_COUNT,) * 2),
+    "lora": (
+        *(_POINTER, _COUNT) * 2,
+        *(_POINTER,) * 4,
+        *(_COUNT,) * 3,
+        _POINTER,
+        *(_COUNT,) * 3,
+        _POINTER,
+        _COUNT,
+    ),
+}
+
+
+def _declared(library: ctypes.CDLL, name: str, kinds: tuple[type, ...]) -> Callable[..., None]:
+    function = library[name]
+    function.argtypes = kinds
+    function.restype = None
+    return function
+
+
 @lru_cache(maxsize=256)
 def _projection_table(projections: tuple[Projection, ...]) -> "ctypes.Array[c_int64]":
     flat = [number for projection in projections for number in projection]
@@ -29,11 +57,15 @@ class NativeOps(TorchOps):
 
     def __init__(self, library: ctypes.CDLL) -> None:
         """Uses as many threads as torch was told to, whichever thread calls."""
-        self._library = library
         library.loraplex_set_num_threads(torch.get_num_threads())
+        self._functions = {
+            (name, dtype): _declared(library, f"loraplex_{name}_{suffix}", kinds)
+            for name, kinds in _ARGUMENTS.items()
+            for dtype, suffix in _SUFFIX.items()
+        }
 
     def _call(self, name: str, dtype: torch.dtype, *arguments: object) -> None:
-        getattr(self._library, f"loraplex_{name}_{_SUFFIX[dtype]}")(*arguments)
+        self._functions[name, dtype](*arguments)
 
     def add_rms_norm(
         self, residual: Tensor, delta: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype
@@ -42,13 +74,13 @@ class NativeOps(TorchOps):
         self._call(
             "add_rms_norm",
             dtype,
-            c_void_p(residual.data_ptr()),
-            c_void_p(None if delta is None else delta.data_ptr()),
-            c_void_p(weight.data_ptr()),
-            c_void_p(out.data_ptr()),
-            c_int64(residual.shape[0]),
-            c_int64(residual.shape[1]),
-            c_float(eps),
+            residual.data_ptr(),
+            None if delta is None else delta.data_ptr(),
+            weight.data_ptr(),
+            out.data_ptr(),
+            residual.shape[0],
+            residual.shape[1],
+            eps,
         )
         return out
 
@@ -65,18 +97,18 @@ class NativeOps(TorchOps):
         self._call(
             "rotary_and_cache",
             qkv.dtype,
-            c_void_p(qkv.data_ptr()),
-            c_void_p(cos.data_ptr()),
-            c_void_p(sin.data_ptr()),
-            c_void_p(k_cache.data_ptr()),
-            c_void_p(v_cache.data_ptr()),
-            c_void_p(slot_mapping.data_ptr()),
-            c_int64(qkv.shape[0]),
-            c_int64(qkv.shape[1] // head_dim - 2 * num_kv_heads),
-            c_int64(k_cache.stride(0)),
-            c_int64(num_kv_heads),
-            c_int64(block_tokens),
-            c_int64(head_dim),
+            qkv.data_ptr(),
+            cos.data_ptr(),
+            sin.data_ptr(),
+            k_cache.data_ptr(),
+            v_cache.data_ptr(),
+            slot_mapping.data_ptr(),
+            qkv.shape[0],
+            qkv.shape[1] // head_dim - 2 * num_kv_heads,
+            k_cache.stride(0),
+            num_kv_heads,
+            block_tokens,
+            head_dim,
         )
 
     def attention(
@@ -89,19 +121,19 @@ class NativeOps(TorchOps):
             self._call(
                 "attention",
                 qkv.dtype,
-                c_void_p(qkv.data_ptr()),
-                c_void_p(k_cache.data_ptr()),
-                c_void_p(v_cache.data_ptr()),
-                c_void_p(out.data_ptr()),
-                c_void_p(where.block_tables.data_ptr()),
-                c_int64(where.block_tables.shape[1]),
-                c_void_p(where.context_table.data_ptr()),
-                c_int64(where.num_decode),
-                c_int64(num_heads),
-                c_int64(k_cache.stride(0)),
-                c_int64(num_kv_heads),
-                c_int64(block_tokens),
-                c_int64(head_dim),
+                qkv.data_ptr(),
+                k_cache.data_ptr(),
+                v_cache.data_ptr(),
+                out.data_ptr(),
+                where.block_tables.data_ptr(),
+                where.block_tables.shape[1],
+                where.context_table.data_ptr(),
+                where.num_decode,
+                num_heads,
+                k_cache.stride(0),
+                num_kv_heads,
+                block_tokens,
+                head_dim,
             )
         q = qkv.view(qkv.shape[0], -1, head_dim)[:, :num_heads]
         for i in range(where.num_decode, len(where.context_lens)):
@@ -115,10 +147,10 @@ class NativeOps(TorchOps):
         self._call(
             "silu_mul",
             gate_up.dtype,
-            c_void_p(gate_up.data_ptr()),
-            c_void_p(out.data_ptr()),
-            c_int64(rows),
-            c_int64(size),
+            gate_up.data_ptr(),
+            out.data_ptr(),
+            rows,
+            size,
         )
         return out
 
@@ -138,21 +170,21 @@ class NativeOps(TorchOps):
         self._call(
             "lora",
             y.dtype,
-            c_void_p(y.data_ptr()),
-            c_int64(y.stride(0)),
-            c_void_p(x.data_ptr()),
-            c_int64(x.shape[1]),
-            c_void_p(lora.arena.data_ptr()),
-            c_void_p(tables.offset.data_ptr()),
-            c_void_p(tables.scale.data_ptr()),
-            c_void_p(tables.num_granules.data_ptr()),
-            c_int64(layers),
-            c_int64(modules),
-            c_int64(granules),
-            c_void_p(lora.segment_table.data_ptr()),
-            c_int64(lora.segment_table.shape[0]),
-            c_int64(LONG_SEGMENT),
-            c_int64(layer),
+            y.data_ptr(),
+            y.stride(0),
+            x.data_ptr(),
+            x.shape[1],
+            lora.arena.data_ptr(),
+            tables.offset.data_ptr(),
+            tables.scale.data_ptr(),
+            tables.num_granules.data_ptr(),
+            layers,
+            modules,
+            granules,
+            lora.segment_table.data_ptr(),
+            lora.segment_table.shape[0],
+            LONG_SEGMENT,
+            layer,
             _projection_table(projections),
-            c_int64(len(projections)),
+            len(projections),
         )
