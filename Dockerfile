@@ -13,7 +13,7 @@ COPY protos protos
 COPY kernels kernels
 COPY clients clients
 COPY server server
-RUN if [ "$TORCH" = cuda ]; then grep -v '^torch==' constraints.txt > pins.txt; else cp constraints.txt pins.txt; fi \
+RUN if [ "$TORCH" = cuda ]; then grep -vE '^(torch|triton)==' constraints.txt > pins.txt; else cp constraints.txt pins.txt; fi \
  && pip install --no-cache-dir ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} -c pins.txt '.[server]'
 # The built-in model, so that the first start needs no network.
 RUN XDG_CACHE_HOME=/opt/cache python -c "from loraplex.model.default import ensure_default_model; ensure_default_model()"
@@ -34,6 +34,7 @@ ENV PATH=/opt/loraplex/bin:$PATH \
 USER loraplex
 VOLUME /data
 EXPOSE 50051 9464
+# For plain text on the default port; override it together with --tls-cert or another --listen.
 HEALTHCHECK --interval=15s --timeout=5s --start-period=120s CMD ["python", "-c", "\
 import sys, grpc; \
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse; \

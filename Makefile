@@ -1,8 +1,8 @@
 # Everything a newcomer needs: `make demo` and `make test`. `make help` lists the rest.
 
 PYTHON ?= python3
-# cpu: the torch that constraints.txt pins. cuda: the newest that pyproject.toml accepts.
-TORCH ?= cpu
+# cpu: the torch that constraints.txt pins. cuda: the newest that pyproject.toml accepts. Remembered.
+TORCH ?= $(if $(wildcard .venv/.setup-cuda),cuda,cpu)
 # An extra package index for torch's own builds, where the default one has only CUDA's.
 TORCH_INDEX ?=
 
@@ -30,7 +30,8 @@ setup: $(STAMP) ## make .venv with everything for running, testing and developin
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	grep -v '^torch==' constraints.txt > $(VENV)/constraints-cuda.txt
+	grep -vE '^(torch|triton)==' constraints.txt > $(VENV)/constraints-cuda.txt
+	$(if $(filter cuda,$(TORCH)),$(BIN)/python -m pip uninstall -q -y torch triton)
 	$(BIN)/python -m pip install --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) \
 	    -c $(CONSTRAINTS) -e '.[server,test,dev]'
 	rm -f $(VENV)/.setup-*
@@ -40,7 +41,7 @@ demo: setup ## start a server, upload the example adapters, ask all of them at o
 	$(BIN)/loraplex demo
 
 test: check ## the whole suite
-	$(BIN)/python -m pytest
+	$(BIN)/pytest
 
 check: setup ## lint, format and types
 	$(BIN)/ruff check .

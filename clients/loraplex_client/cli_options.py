@@ -74,7 +74,12 @@ def connect(args: argparse.Namespace) -> Client:
 def add_sampling(parser: argparse.ArgumentParser) -> None:
     """A flag for every field of SamplingParams, StopParams and OutputOptions."""
     length = parser.add_argument_group("length")
-    length.add_argument("--max-tokens", type=_UINT32, metavar="N", help="at most so many tokens")
+    length.add_argument(
+        "--max-tokens",
+        type=_UINT32,
+        metavar="N",
+        help="at most so many tokens (default: what the context leaves, often thousands)",
+    )
     length.add_argument("--min-tokens", type=_UINT32, metavar="N", help="no stop before so many")
     length.add_argument(
         "--stop", action="append", metavar="TEXT", help="stop before this text (repeatable)"

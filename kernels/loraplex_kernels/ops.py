@@ -96,5 +96,6 @@ class Ops(Protocol):
         """`y[t, p] += scale * B (A x[t])` for every row t with an adapter, every projection p.
 
         Segmented low-rank products as in Punica (Chen et al. 2023), with each adapter's own rank:
-        sums over its granules of 16. Accumulated in fp32; y is rounded once. x [T, K], y [T, N].
+        sums over its granules of 16. Accumulated in fp32, y rounded once; the torch form rounds
+        each product to the weights' type, as PEFT does. x [T, K], y [T, N].
         """

@@ -165,7 +165,11 @@ def _add_limit_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--threads", type=_positive, metavar="N", help="default: one a core")
     group.add_argument(
-        "--drain", type=float, default=30.0, metavar="SECONDS", help="grace at shutdown"
+        "--drain",
+        type=float,
+        default=30.0,
+        metavar="SECONDS",
+        help="grace at shutdown (default: 30)",
     )
     group.add_argument(
         "--step-log", type=Path, metavar="FILE", help="write one JSON line a forward pass"

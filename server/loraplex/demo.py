@@ -27,12 +27,15 @@ def demo(prompt: str, max_tokens: int) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that its server ends as well
     with tempfile.TemporaryDirectory(prefix="loraplex-demo-") as folder:
         steps = Path(folder) / "steps.jsonl"
-        console.print("Starting a server (the first time, its model is fetched: about 90 MB) ...")
+        console.print(
+            "Starting a server (only the first time, its model is fetched: about 90 MB) ..."
+        )
         with _server(Path(folder) / "store", steps) as target:
             console.print(f"It listens on {target}. The same prompt goes to everyone, at once:")
             console.print(f"  [bold]{prompt}[/bold]\n", highlight=False)
             asyncio.run(_ask_everyone(target, prompt, max_tokens, console))
-        console.print(Summary.of(_read_steps(steps)).text(), highlight=False)
+        console.print(Summary.of(_read_steps(steps)).text(), highlight=False, soft_wrap=True)
+        console.print("That server has ended. Start one of your own with: loraplex serve")
     return 0
 
 
@@ -79,6 +82,7 @@ async def _ask_everyone(target: str, prompt: str, max_tokens: int, console: Cons
                 f"  uploaded [bold]{example.name}[/bold] in {milliseconds:.0f} ms: "
                 f"{example.description}",
                 highlight=False,
+                soft_wrap=True,
             )
         console.print()
         streams = {BASE_NAME: _text(client, prompt, "", max_tokens)}

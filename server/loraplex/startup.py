@@ -95,7 +95,7 @@ def load_base(config: ServeConfig) -> Base:
     with progress_bar(f"Loading {config.model}") as progress:
         decoder = load_decoder(checkpoint, model, options, progress)
     return Base(
-        name=Path(config.model).name,
+        name=folder.resolve().name if Path(config.model).is_dir() else Path(config.model).name,
         identity=identity,
         config=model,
         defaults=read_generation_defaults(folder),

@@ -1,8 +1,8 @@
 // The CPU forms of the ops in ops.py, over plain pointers. reference.py says what each must compute.
 //
 // Activations (T) and cached or stored weights are bfloat16 or float; every sum is a float's. Loops
-// are written for the compiler's vectoriser; work is split so that a row's result never depends on
-// which other rows share the batch.
+// are written for the compiler's vectoriser; work is split so that a row's result here never depends on
+// which other rows share the batch. (Long LoRA segments are the caller's, as matrix products.)
 
 #include <algorithm>
 #include <cmath>

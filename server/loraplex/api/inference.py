@@ -154,6 +154,8 @@ class InferenceServicer:
     ) -> Sequence:
         if not prompt:
             raise InvalidRequestError("prompt", "holds no token")
+        if max(prompt) >= self._model.vocab_size:  # a tokenizer may know more than the model
+            raise InvalidRequestError("prompt", "holds a token that the model does not have")
         eos = frozenset() if request.stop.ignore_eos else self._model.eos_token_ids
         return Sequence(
             request_id=call.request_id,

@@ -28,6 +28,9 @@ from loraplex.errors import RequestError
 
 log = logging.getLogger(__name__)
 
+MAX_FAILED_STEPS = 8
+"""So many steps in a row that raise are no longer the requests' fault: the engine ends."""
+
 
 class Packed(Protocol):
     """An adapter in the arena's form, as far as the engine looks."""
@@ -131,6 +134,7 @@ class Engine(Generic[P]):
         self._live: dict[str, Sequence] = {}  # the engine thread's, as all below
         self._fetches: dict[str, _Fetch[P]] = {}
         self._num_steps = 0
+        self._num_failed = 0  # in a row
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="loraplex-engine", daemon=True)
 
@@ -222,9 +226,13 @@ class Engine(Generic[P]):
         try:
             sampled = self._runner.run(step.rows)
         except Exception:
+            self._num_failed += 1
+            if self._num_failed == MAX_FAILED_STEPS:
+                raise
             log.exception("a step failed")
             error = RequestError("INTERNAL", "internal error")
             return [self._fail(row.sequence, error) for row in step.rows]
+        self._num_failed = 0
         now = self._clock()
         outcomes = self._scheduler.update(step, sampled, now)
         self._num_steps += 1

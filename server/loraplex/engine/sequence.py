@@ -99,7 +99,6 @@ class Sequence:
     stop: StopParams
     digest: str | None = None  # the adapter's version; None is the bare base
     adapter_id: str = ""  # the name it was asked for by, for messages only
-    priority: int = 0
 
     phase: Phase = Phase.WAITING
     output_token_ids: list[int] = field(default_factory=list)

@@ -44,10 +44,10 @@ class NF4Weight:
             dtype=torch.bfloat16,
         )
 
-    def dequantize(self, out: Tensor | None = None) -> Tensor:
+    def dequantize(self) -> Tensor:
         """bf16 [out, in]: the values every other form of this weight is held to."""
         packed = self.codes.view(-1, 1)
-        result: Tensor = bnb.dequantize_4bit(packed, self.state, out=out)
+        result: Tensor = bnb.dequantize_4bit(packed, self.state)
         return result
 
     def to(self, device: torch.device) -> "NF4Weight":

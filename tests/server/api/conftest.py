@@ -128,6 +128,8 @@ class FakeTokenizer:
     def encode(self, text: str) -> list[int]:
         if text == "explode":
             raise ValueError(f"secret detail about {text}")
+        if text == "[PAD]":
+            return [1 << 20]  # a token that was added without an embedding
         return list(text.encode()) if text != "\0" else []
 
     def encode_chat(

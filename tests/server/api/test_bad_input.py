@@ -46,6 +46,7 @@ WRONG_FIELD = [
     ({}, "prompt"),
     ({"text": ""}, "text"),
     ({"text": "\0"}, "prompt"),  # the tokenizer makes nothing of it
+    ({"text": "[PAD]"}, "prompt"),
     (ids(), "token_ids.ids"),
     (ids(1, 260), "token_ids.ids[1]"),
     (ids(2**32 - 1), "token_ids.ids[0]"),

@@ -9,8 +9,6 @@ import functools
 import threading
 import weakref
 from collections.abc import AsyncIterator, Callable, Coroutine
-from collections.abc import Sequence as Seq
-from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, ParamSpec
@@ -18,8 +16,14 @@ from typing import Any, ParamSpec
 import pytest
 from loraplex.adapters.pool import AdapterPool
 from loraplex.engine.arena import Arena, Use
-from loraplex.engine.engine import Engine, EngineConfig, EngineState, StepRecord
-from loraplex.engine.scheduler import Sampled, Scheduled, Scheduler, SchedulerConfig
+from loraplex.engine.engine import (
+    MAX_FAILED_STEPS,
+    Engine,
+    EngineConfig,
+    EngineState,
+    StepRecord,
+)
+from loraplex.engine.scheduler import Scheduler, SchedulerConfig
 from loraplex.engine.sequence import (
     Finished,
     FinishReason,
@@ -31,103 +35,16 @@ from loraplex.engine.sequence import (
 from loraplex.engine.stream import TokenStream
 from loraplex.errors import RequestError
 
+from tests.server.engine.fakes import (
+    BROKEN,
+    SICK,
+    FakeLoader,
+    FakeRunner,
+    Packed,
+    token_at,
+)
+
 P = ParamSpec("P")
-
-SICK = 666  # a prompt of this token gives logits that are not finite
-BROKEN = 667  # and this one fails the whole step
-
-
-@dataclass(frozen=True)
-class Packed:
-    digest: str
-    num_blocks: int = 2
-
-
-def token_at(prompt: Seq[int], position: int) -> int:
-    return (sum(prompt) * 31 + position * 7) % 1000
-
-
-class Gate:
-    """Open at first; then lets so many through as it is told."""
-
-    def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._permits: int | None = None
-        self.is_waited_at = False
-
-    def hold(self) -> None:
-        with self._changed:
-            self._permits = 0
-
-    def allow(self, count: int | None = None) -> None:
-        """So many more; without a number the gate is open again."""
-        with self._changed:
-            self._permits = (
-                None if count is None or self._permits is None else self._permits + count
-            )
-            self._changed.notify_all()
-
-    def enter(self) -> None:
-        with self._changed:
-            self.is_waited_at = True
-            assert self._changed.wait_for(lambda: self._permits != 0, timeout=20), "held too long"
-            self.is_waited_at = False
-            if self._permits is not None:
-                self._permits -= 1
-
-
-class FakeRunner:
-    def __init__(self) -> None:
-        self.gate = Gate()
-        self.copied: list[tuple[str, tuple[int, ...]]] = []
-        self.bound: dict[int, str] = {}
-
-    def run(self, rows: Seq[Scheduled]) -> list[Sampled]:
-        self.gate.enter()
-        for row in rows:
-            slot, digest = row.sequence.slot, row.sequence.digest
-            assert (None if slot is None else self.bound[slot]) == digest
-        if any(BROKEN in row.sequence.prompt_token_ids for row in rows):
-            raise ValueError("the device is on fire")
-        return [self.draw(row.sequence) for row in rows if row.samples]
-
-    def draw(self, sequence: Sequence) -> Sampled:
-        if SICK in sequence.prompt_token_ids:
-            return Sampled(None)
-        return Sampled(token_at(sequence.prompt_token_ids, len(sequence.output_token_ids)))
-
-    def copy_adapter(self, packed: Packed, blocks: Seq[int]) -> None:
-        if packed.digest == "uncopyable":
-            raise OSError("the disk went away")
-        self.copied.append((packed.digest, tuple(blocks)))
-
-    def bind_slot(self, slot: int, packed: Packed, blocks: Seq[int]) -> None:
-        assert (packed.digest, tuple(blocks)) in self.copied
-        self.bound[slot] = packed.digest
-
-
-class FakeLoader:
-    """Reads end when the test says so; copies run at once."""
-
-    def __init__(self) -> None:
-        self.reads: dict[str, Future[Packed]] = {}
-        self.instant = True
-
-    def read(self, digest: str) -> Future[Packed]:
-        future: Future[Packed] = Future()
-        self.reads[digest] = future
-        if self.instant:
-            future.set_result(Packed(digest))
-        return future
-
-    def run(self, work: Callable[[], None]) -> Future[None]:
-        future: Future[None] = Future()
-        try:
-            work()
-            future.set_result(None)
-        except OSError as error:
-            future.set_exception(error)
-        return future
 
 
 @dataclass
@@ -376,6 +293,18 @@ async def test_a_failed_step_costs_its_requests_only(caplog: pytest.LogCaptureFi
         h.loader.reads["a"].set_result(Packed("a"))
         assert await outcome(later) == expected([2])
     assert "the device is on fire" in caplog.text
+
+
+@on_a_loop
+async def test_a_device_that_always_fails_ends_the_engine() -> None:
+    h = House()
+    h.engine.start()
+    async with asyncio.timeout(20):
+        for index in range(MAX_FAILED_STEPS):
+            assert not h.engine.crashed.is_set()
+            assert await outcome(h.submit(f"r{index}", [BROKEN])) == ([], "INTERNAL")
+        await h.engine.crashed.wait()
+        await h.engine.stop()
 
 
 @on_a_loop
