@@ -97,17 +97,17 @@ def _add_adapters(subparsers: Subparsers, environ: Mapping[str, str]) -> None:
     upload.add_argument(
         "--replace",
         action="store_true",
-        help="even if the name is taken (servers before 0.2 refuse it)",
+        help="even if the name is taken (servers of this version refuse it)",
     )
     action("list", "show all adapters", cli_adapters.list_all)
     action("show", "show one adapter", cli_adapters.show)
     action("delete", "take a name away; what runs on it finishes", cli_adapters.delete)
     pin = action(
-        "pin", "keep an adapter in device memory (not served before 0.2)", cli_adapters.pin
+        "pin", "keep an adapter in device memory (not served by this version)", cli_adapters.pin
     )
     pin.set_defaults(pinned=True)
     unpin = action(
-        "unpin", "let it leave device memory again (not served before 0.2)", cli_adapters.pin
+        "unpin", "let it leave device memory again (not served by this version)", cli_adapters.pin
     )
     unpin.set_defaults(pinned=False)
 

@@ -61,7 +61,8 @@ def test_the_demo() -> None:
     assert "== base model ==" in ended.stdout
     count = len(example_adapters())
     shared = f"One pass served up to {count + 1} requests with {count} different adapters."
-    assert " ".join(ended.stdout.split()).endswith(shared)
+    assert shared in ended.stdout
+    assert ended.stdout.endswith("loraplex serve\n")
     target = re.search(r"listens on (\S+)\.", ended.stdout)
     assert target is not None
     with Client(target[1]) as client, pytest.raises(ServerUnreachable):

@@ -135,7 +135,7 @@ def test_every_call_is_one_line_without_its_prompt(
     async def scenario(api: "Api") -> None:
         api.engine.plan = lambda _: say("private answer", end=FinishReason.STOP_TOKEN)
         _ = [e async for e in api.generate(request_id="r1", text="private prompt")]
-        await api.stream_failure(api.generate(request_id="bad\nid", text="private prompt"))
+        await api.stream_failure(api.generate(request_id="unfit\nid", text="private prompt"))
         await api.publish("a1")
 
     serve(scenario)
@@ -149,7 +149,7 @@ def test_every_call_is_one_line_without_its_prompt(
     assert "method=UploadAdapter code=OK" in upload
     assert "adapter_id=a1" in upload
     assert "private" not in caplog.text
-    assert "bad" not in caplog.text
+    assert "unfit" not in caplog.text
 
 
 def test_calls_are_counted_as_go_grpc_prometheus_does(serve: "Serve") -> None:
