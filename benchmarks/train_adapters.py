@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+from loraplex.model import nf4
 from loraplex.model.default import SMOLLM2, ensure_default_model
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import save_file
@@ -266,10 +266,7 @@ def load_base(folder: Path) -> Any:
     for layer in model.model.layers:
         for module in layer.modules():
             if isinstance(module, torch.nn.Linear):
-                codes, state = quantize_4bit(
-                    module.weight.data, blocksize=64, quant_type="nf4", compress_statistics=False
-                )
-                module.weight.data = dequantize_4bit(codes, state).to(torch.bfloat16)
+                module.weight.data = nf4.quantize(module.weight.data).dequantize()
     model.config._name_or_path = SMOLLM2.name
     return model.eval()
 

@@ -87,9 +87,10 @@ def load_base(config: ServeConfig) -> Base:
         raise StartupError("--dtype float32 is for --device cpu")
     torch.set_num_threads(config.threads or available_cores())
     folder = resolve_model(config.model, config.cache)
-    model = _with_context(read_model_config(folder), config.context_length)
+    trained = read_model_config(folder)
+    model = _with_context(trained, config.context_length)
     checkpoint = Checkpoint(folder)
-    settings = {"model": asdict(read_model_config(folder)), "quantization": nf4.SETTINGS}
+    settings = {"model": asdict(trained), "quantization": nf4.SETTINGS}
     identity = base_identity(checkpoint, settings, config.cache / "identities")
     options = LoadOptions(device, dtype, _weight_form(model, device, dtype))
     with progress_bar(f"Loading {config.model}") as progress:
