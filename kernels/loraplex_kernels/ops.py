@@ -7,8 +7,12 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from loraplex_kernels.nf4 import BaseWeight
 from loraplex_kernels.segments import Segment
 from loraplex_kernels.tables import AdapterTables
+
+QUERY_TILE = 16
+"""Query tokens in a tile of `AttentionInput.query_tiles`."""
 
 
 class Projection(NamedTuple):
@@ -19,6 +23,14 @@ class Projection(NamedTuple):
     width: int
 
 
+class LoraTiles(NamedTuple):
+    """`segments.Tiles` on the device; lists may be longer than used, filled up with slot -1."""
+
+    short: Tensor  # int32 [capacity, 3]: slot, lo, hi
+    starts: Tensor  # int32 [ceil(num_rows / TILE_ROWS) + 1]
+    long: Tensor  # int32 [capacity, 3]; capacity 0 where no segment is long
+
+
 @dataclass(frozen=True, slots=True)
 class LoraInput:
     """What every LoRA op of a step reads; built once a step by the batch."""
@@ -26,15 +38,18 @@ class LoraInput:
     arena: Tensor  # uint8 [arena bytes]
     dtype: torch.dtype  # of the adapters' weights in the arena
     tables: AdapterTables
-    segments: tuple[Segment, ...]
+    has_adapters: bool  # False: no row has one, so that nothing need be done
+    segments: tuple[Segment, ...]  # for ops that loop on the host
     segment_table: Tensor  # int32 [num_segments, 3]: slot, lo, hi; the same on the device
+    tiles: LoraTiles | None  # None for ops that do not ask for them
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionInput:
     """Which cached keys each row may see; built once a step by the batch.
 
-    The first `num_decode` sequences have one query each, so that row i is sequence i.
+    The first `num_decode` sequences have one query each, so that row i is sequence i. A sequence
+    with context 0 is padding: its row's output is zero.
     """
 
     num_decode: int
@@ -42,23 +57,26 @@ class AttentionInput:
     context_lens: Sequence[int]  # [num_sequences], keys the last query sees
     context_table: Tensor  # int32 [num_sequences], the same on the device
     block_tables: Tensor  # int32 [num_sequences, max_blocks]
+    query_start_table: Tensor | None  # int32 [num_sequences + 1]; None where not asked for
+    query_tiles: Tensor | None  # int32 [n, 2]: sequence, its first query; sequences of many queries
 
 
 class Ops(Protocol):
-    """Everything between two matrix products of a decoder layer.
+    """Everything a decoder layer computes. Results are written into `out`, contiguous.
 
     `k_cache`, `v_cache` are one layer's views into the arena, `[num_blocks, kv_heads, block_tokens,
     head_dim]`. Activations are `[num_tokens, features]`, row-major.
     """
 
     name: str
+    uses_tiles: bool  # whether `LoraInput.tiles`, `query_start_table`, `query_tiles` are read
 
     def add_rms_norm(
-        self, residual: Tensor, delta: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype
-    ) -> Tensor:
-        """`residual += delta`, then `weight * residual / sqrt(mean(residual^2) + eps)` as `dtype`.
+        self, residual: Tensor, delta: Tensor | None, weight: Tensor, eps: float, out: Tensor
+    ) -> None:
+        """`residual += delta`, then `out = weight * residual / sqrt(mean(residual^2) + eps)`.
 
-        Zhang & Sennrich 2019. residual fp32 [T, H], changed in place; the statistics are fp32.
+        Zhang & Sennrich 2019. residual fp32 [T, H], changed in place; weight and statistics fp32.
         """
 
     def rotary_and_cache(
@@ -74,16 +92,37 @@ class Ops(Protocol):
 
         Rotary embedding of Su et al. 2021 in the half-split form of Llama checkpoints. qkv
         [T, (heads + 2 kv_heads) * head_dim]; cos, sin fp32 [T, head_dim / 2]; slot_mapping int64
-        [T], block * block_tokens + offset.
+        [T], block * block_tokens + offset, or -1 for a row that is padding: it writes no k and v.
         """
 
     def attention(
-        self, qkv: Tensor, k_cache: Tensor, v_cache: Tensor, where: AttentionInput
-    ) -> Tensor:
-        """Causal grouped-query attention over the paged cache; `[T, heads * head_dim]`."""
+        self,
+        qkv: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        where: AttentionInput,
+        out: Tensor,
+        window: int | None = None,
+    ) -> None:
+        """Causal grouped-query attention over the paged cache; out `[T, heads * head_dim]`.
 
-    def silu_mul(self, gate_up: Tensor) -> Tensor:
-        """`silu(gate) * up` for gate_up `[T, 2 I]`; `[T, I]`."""
+        softmax(q k^T / sqrt(head_dim)) v. With a window, a query sees itself and the `window - 1`
+        keys before it (Beltagy et al. 2020, as in Mistral).
+        """
+
+    def silu_mul(self, gate_up: Tensor, out: Tensor) -> None:
+        """`out = silu(gate) * up` for gate_up `[T, 2 I]`; out `[T, I]`."""
+
+    def linear(
+        self,
+        x: Tensor,
+        weight: BaseWeight,
+        lora: LoraInput,
+        layer: int,
+        projections: tuple[Projection, ...],
+        out: Tensor,
+    ) -> None:
+        """`out = x W^T` with W the dequantised NF4 weight, plus the rows' updates as in `lora_`."""
 
     def lora_(
         self,

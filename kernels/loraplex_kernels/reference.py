@@ -4,11 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from loraplex_kernels.ops import (
-    AttentionInput,
-    LoraInput,
-    Projection,
-)
+from loraplex_kernels.bitsandbytes import matmul_4bit
+from loraplex_kernels.nf4 import BaseWeight
+from loraplex_kernels.ops import AttentionInput, LoraInput, Projection
 from loraplex_kernels.segments import Segment
 from loraplex_kernels.tables import GRANULE_RANK, view
 
@@ -17,15 +15,15 @@ class TorchOps:
     """The ops of `loraplex_kernels.ops.Ops` on any device torch knows."""
 
     name = "torch"
+    uses_tiles = False
 
     def add_rms_norm(
-        self, residual: Tensor, delta: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype
-    ) -> Tensor:
+        self, residual: Tensor, delta: Tensor | None, weight: Tensor, eps: float, out: Tensor
+    ) -> None:
         if delta is not None:
             residual += delta
-        x = residual.float()
-        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
-        return (x * weight.float()).to(dtype)
+        x = residual * torch.rsqrt(residual.square().mean(-1, keepdim=True) + eps)
+        out.copy_(x * weight)
 
     def rotary_and_cache(
         self,
@@ -43,56 +41,73 @@ class TorchOps:
         c, s = cos[:, None, :], sin[:, None, :]
         turned = torch.cat((low * c - high * s, high * c + low * s), dim=-1)
         heads[:, :-num_kv_heads] = turned.to(qkv.dtype)
-        block, offset = slot_mapping // block_tokens, slot_mapping % block_tokens
+        is_real = slot_mapping >= 0
+        where, heads = slot_mapping[is_real], heads[is_real]
+        block, offset = where // block_tokens, where % block_tokens
         k_cache[block, :, offset] = heads[:, -2 * num_kv_heads : -num_kv_heads]
         v_cache[block, :, offset] = heads[:, -num_kv_heads:]
 
     def attention(
-        self, qkv: Tensor, k_cache: Tensor, v_cache: Tensor, where: AttentionInput
-    ) -> Tensor:
-        num_kv_heads, _, head_dim = k_cache.shape[1:]
-        heads = qkv.view(qkv.shape[0], -1, head_dim)
-        q = heads[:, : -2 * num_kv_heads]
-        out = torch.empty(q.shape, dtype=qkv.dtype, device=qkv.device)
-        for i in range(len(where.context_lens)):
-            lo, hi = where.query_starts[i], where.query_starts[i + 1]
-            self.attend_one(q, k_cache, v_cache, where, i, out[lo:hi])
-        return out.view(qkv.shape[0], -1)
-
-    def attend_one(
         self,
-        q: Tensor,
+        qkv: Tensor,
         k_cache: Tensor,
         v_cache: Tensor,
         where: AttentionInput,
-        index: int,
+        out: Tensor,
+        window: int | None = None,
+    ) -> None:
+        self.attend(qkv, k_cache, v_cache, where, range(len(where.context_lens)), out, window)
+
+    def attend(
+        self,
+        qkv: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        where: AttentionInput,
+        sequences: range,
+        out: Tensor,
+        window: int | None,
+    ) -> None:
+        """Attention of some of the sequences, one after another."""
+        num_kv_heads, _, head_dim = k_cache.shape[1:]
+        q = qkv.view(qkv.shape[0], -1, head_dim)[:, : -2 * num_kv_heads]
+        heads = out.view(q.shape)
+        for index in sequences:
+            lo, hi = where.query_starts[index], where.query_starts[index + 1]
+            context = where.context_lens[index]
+            if context == 0:
+                heads[lo:hi].zero_()
+                continue
+            blocks = where.block_tables[index, : -(-context // k_cache.shape[2])].long()
+            k = k_cache[blocks].transpose(0, 1).flatten(1, 2)[:, :context]
+            v = v_cache[blocks].transpose(0, 1).flatten(1, 2)[:, :context]
+            heads[lo:hi] = _attend(q[lo:hi], k, v, window)
+
+    def silu_mul(self, gate_up: Tensor, out: Tensor) -> None:
+        gate, up = gate_up.chunk(2, dim=-1)
+        out.copy_(F.silu(gate.float()) * up.float())
+
+    def linear(
+        self,
+        x: Tensor,
+        weight: BaseWeight,
+        lora: LoraInput,
+        layer: int,
+        projections: tuple[Projection, ...],
         out: Tensor,
     ) -> None:
-        """Attention of sequence `index` alone, into `out [num_queries, heads, head_dim]`."""
-        context = where.context_lens[index]
-        lo, hi = where.query_starts[index], where.query_starts[index + 1]
-        groups = q.shape[1] // k_cache.shape[1]
-        blocks = where.block_tables[index, : -(-context // k_cache.shape[2])].long()
-        k = k_cache[blocks].transpose(0, 1).flatten(1, 2)[:, :context]  # [kv_heads, context, dim]
-        v = v_cache[blocks].transpose(0, 1).flatten(1, 2)[:, :context]
-        num_queries = hi - lo
-        mask = None
-        if 1 < num_queries < context:
-            first = context - num_queries
-            mask = torch.ones(num_queries, context, dtype=torch.bool, device=q.device).tril(first)
-        out.copy_(
-            F.scaled_dot_product_attention(
-                q[lo:hi].transpose(0, 1)[None],
-                k.repeat_interleave(groups, 0)[None],
-                v.repeat_interleave(groups, 0)[None],
-                attn_mask=mask,
-                is_causal=num_queries == context and num_queries > 1,
-            )[0].transpose(0, 1)
-        )
+        self.base_linear(x, weight, out)
+        if lora.has_adapters:
+            self.lora_(out, x, lora, layer, projections)
 
-    def silu_mul(self, gate_up: Tensor) -> Tensor:
-        gate, up = gate_up.chunk(2, dim=-1)
-        return (F.silu(gate.float()) * up.float()).to(gate_up.dtype)
+    def base_linear(self, x: Tensor, weight: BaseWeight, out: Tensor) -> None:
+        """`out = x W^T`: dense where there is a copy, else through bitsandbytes."""
+        if weight.dense is not None:
+            torch.mm(x, weight.dense.T, out=out)
+        elif x.dtype == torch.bfloat16:
+            out.copy_(matmul_4bit(x, weight.nf4.codes.view(-1, 1), weight.nf4.state))
+        else:  # bitsandbytes would not round the weight to bf16
+            torch.mm(x, weight.nf4.dequantize().to(x.dtype).T, out=out)
 
     def lora_(
         self,
@@ -127,3 +142,24 @@ class TorchOps:
             if update is not None:
                 target = y[segment.lo : segment.hi].narrow(1, projection.column, projection.width)
                 target += update
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+    """One sequence: q [queries, heads, dim] are its last ones, k, v [kv_heads, context, dim]."""
+    num_queries, context = q.shape[0], k.shape[1]
+    groups = q.shape[1] // k.shape[0]
+    is_whole = num_queries == context and window is None
+    mask = None
+    if window is not None or 1 < num_queries < context:
+        first = context - num_queries
+        mask = torch.ones(num_queries, context, dtype=torch.bool, device=q.device).tril(first)
+        if window is not None:
+            mask = mask.triu(first - window + 1)
+    attended = F.scaled_dot_product_attention(
+        q.transpose(0, 1)[None],
+        k.repeat_interleave(groups, 0)[None],
+        v.repeat_interleave(groups, 0)[None],
+        attn_mask=mask,
+        is_causal=is_whole and num_queries > 1,
+    )
+    return attended[0].transpose(0, 1)

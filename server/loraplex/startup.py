@@ -180,7 +180,14 @@ def build_scheduler(config: ServeConfig, memory: Memory) -> Scheduler:
 
 
 def build_runner(config: ServeConfig, base: Base, memory: Memory) -> ModelRunner:
-    sizes = RunnerConfig(memory.num_blocks, config.max_slots, config.max_rank, base.device)
+    sizes = RunnerConfig(
+        num_blocks=memory.num_blocks,
+        max_slots=config.max_slots,
+        max_rank=config.max_rank,
+        max_rows=config.max_step_tokens,
+        max_running=config.max_running,
+        device=base.device,
+    )
     return ModelRunner(base.decoder, base.ops, sizes)
 
 

@@ -18,7 +18,7 @@ from loraplex.engine.sequence import SamplingParams, StopParams, Tokens
 from loraplex.engine.sequence import Sequence as EngineSequence
 from loraplex.engine.stream import TokenStream
 from loraplex.errors import RequestError
-from loraplex.model.decoder import Decoder, DecoderInput
+from loraplex.model.decoder import Activations, Decoder, DecoderInput
 from loraplex_kernels.ops import Ops
 from torch import Tensor
 
@@ -26,6 +26,7 @@ from tests.exactness.cases import BATCH, NUM_NEW, Folders, digest_of
 
 CPU = torch.device("cpu")
 MAX_RANK = 64
+MAX_ROWS = 256
 GREEDY = SamplingParams(temperature=0.0)
 T = TypeVar("T")
 
@@ -58,9 +59,11 @@ class RecordingDecoder(Decoder):
         self.last = torch.empty(0)
         self._decoder = decoder
 
-    def forward(self, batch: DecoderInput, kv_cache: Tensor, ops: Ops) -> Tensor:
+    def forward(
+        self, batch: DecoderInput, kv_cache: Tensor, ops: Ops, memory: Activations
+    ) -> Tensor:
         every_row = replace(batch, logits_rows=torch.arange(len(batch.token_ids)))
-        self.last = self._decoder.forward(every_row, kv_cache, ops)
+        self.last = self._decoder.forward(every_row, kv_cache, ops, memory).clone()
         return self.last[batch.logits_rows]
 
 
@@ -138,14 +141,14 @@ class Harness:
         self._num_blocks = num_blocks
         self._decoder = RecordingDecoder(decoder)
         self._folders = folders
-        config = RunnerConfig(num_blocks, BATCH, MAX_RANK, CPU)
+        config = RunnerConfig(num_blocks, BATCH, MAX_RANK, MAX_ROWS, MAX_ROWS, CPU)
         self._runner = ModelRunner(self._decoder, ops, config)
         self._block = block_shape(decoder.config, decoder.dtype, decoder.dtype)
         self._linears = {s.name: BaseLinear(*s) for s in decoder.config.linears()}
         self._packed: dict[str, PackedAdapter] = {}  # by digest
 
     def run(
-        self, requests: Sequence[Request], max_step_tokens: int = 256
+        self, requests: Sequence[Request], max_step_tokens: int = MAX_ROWS
     ) -> tuple[list[Answer], list[StepRecord]]:
         """All requests at once; each one's answer, and the record of every step."""
         adapters = {request.adapter for request in requests if request.adapter is not None}

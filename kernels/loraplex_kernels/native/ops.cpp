@@ -167,6 +167,7 @@ void rotary_and_cache(T* qkv, const float* cos, const float* sin, T* k_cache, T*
                 store(x, i + half, high * c[i] + low * s[i]);
             }
         }
+        if (slots[row] < 0) continue;
         const T* k = qkv + row * width + heads * dim;
         const T* v = k + cache.kv_heads * dim;
         for (int64_t h = 0; h < cache.kv_heads; ++h) {
@@ -209,6 +210,10 @@ void attend(const T* q, const T* k_cache, const T* v_cache, T* out, const int32_
     scratch.resize(group * (context + dim));
     float* queries = scratch.data();
     float* scores = queries + group * dim;  // [group][context]
+    if (context == 0) {
+        std::fill_n(out, group * dim, T{});
+        return;
+    }
     const float scale = 1.f / std::sqrt(static_cast<float>(dim));
     for (int64_t i = 0; i < group * dim; ++i) queries[i] = load(q, i) * scale;
     const auto row = [&](const T* base, int64_t t) {

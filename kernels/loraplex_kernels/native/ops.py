@@ -68,12 +68,11 @@ class NativeOps(TorchOps):
         self._functions[name, dtype](*arguments)
 
     def add_rms_norm(
-        self, residual: Tensor, delta: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype
-    ) -> Tensor:
-        out = torch.empty(residual.shape, dtype=dtype)
+        self, residual: Tensor, delta: Tensor | None, weight: Tensor, eps: float, out: Tensor
+    ) -> None:
         self._call(
             "add_rms_norm",
-            dtype,
+            out.dtype,
             residual.data_ptr(),
             None if delta is None else delta.data_ptr(),
             weight.data_ptr(),
@@ -82,7 +81,6 @@ class NativeOps(TorchOps):
             residual.shape[1],
             eps,
         )
-        return out
 
     def rotary_and_cache(
         self,
@@ -112,12 +110,18 @@ class NativeOps(TorchOps):
         )
 
     def attention(
-        self, qkv: Tensor, k_cache: Tensor, v_cache: Tensor, where: AttentionInput
-    ) -> Tensor:
+        self,
+        qkv: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        where: AttentionInput,
+        out: Tensor,
+        window: int | None = None,
+    ) -> None:
         num_kv_heads, block_tokens, head_dim = k_cache.shape[1:]
         num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
-        out = torch.empty(qkv.shape[0], num_heads, head_dim, dtype=qkv.dtype)
-        if where.num_decode:
+        num_native = where.num_decode if window is None else 0
+        if num_native:
             self._call(
                 "attention",
                 qkv.dtype,
@@ -128,22 +132,18 @@ class NativeOps(TorchOps):
                 where.block_tables.data_ptr(),
                 where.block_tables.shape[1],
                 where.context_table.data_ptr(),
-                where.num_decode,
+                num_native,
                 num_heads,
                 k_cache.stride(0),
                 num_kv_heads,
                 block_tokens,
                 head_dim,
             )
-        q = qkv.view(qkv.shape[0], -1, head_dim)[:, :num_heads]
-        for i in range(where.num_decode, len(where.context_lens)):
-            lo, hi = where.query_starts[i], where.query_starts[i + 1]
-            self.attend_one(q, k_cache, v_cache, where, i, out[lo:hi])
-        return out.view(qkv.shape[0], -1)
+        rest = range(num_native, len(where.context_lens))
+        self.attend(qkv, k_cache, v_cache, where, rest, out, window)
 
-    def silu_mul(self, gate_up: Tensor) -> Tensor:
-        rows, size = gate_up.shape[0], gate_up.shape[1] // 2
-        out = torch.empty(rows, size, dtype=gate_up.dtype)
+    def silu_mul(self, gate_up: Tensor, out: Tensor) -> None:
+        rows, size = out.shape
         self._call(
             "silu_mul",
             gate_up.dtype,
@@ -152,7 +152,6 @@ class NativeOps(TorchOps):
             rows,
             size,
         )
-        return out
 
     def lora_(
         self,

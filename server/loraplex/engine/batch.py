@@ -4,8 +4,8 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 import torch
-from loraplex_kernels.ops import AttentionInput, LoraInput
-from loraplex_kernels.segments import NO_ADAPTER, segments_of
+from loraplex_kernels.ops import QUERY_TILE, AttentionInput, LoraInput, LoraTiles
+from loraplex_kernels.segments import NO_ADAPTER, Segment, segments_of, tiles_of
 from loraplex_kernels.tables import AdapterTables
 from torch import Tensor
 
@@ -22,6 +22,7 @@ class DeviceMemory:
     adapter_dtype: torch.dtype
     tables: AdapterTables
     block_tokens: int
+    with_tiles: bool = False  # whether the ops ask for them
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,14 +49,13 @@ class Batch:
             starts.append(starts[-1] + row.num_tokens)
             if row.samples:
                 last_rows.append(starts[-1] - 1)
-        tables = _block_tables(rows)
         return cls(
             DecoderInput(
                 token_ids=torch.tensor(token_ids, device=device),
                 positions=torch.tensor(positions, device=device),
                 slot_mapping=_slot_mapping(rows, memory.block_tokens).to(device),
                 logits_rows=torch.tensor(last_rows, dtype=torch.int64, device=device),
-                attention=_attention(rows, starts, tables.to(device)),
+                attention=_attention(rows, starts, memory),
                 lora=_lora(slots, memory),
             ),
             tuple(row.sequence for row in rows if row.samples),
@@ -81,18 +81,47 @@ def _slot_mapping(rows: Seq[Scheduled], block_tokens: int) -> Tensor:
     return torch.tensor(mapping)
 
 
-def _attention(rows: Seq[Scheduled], starts: list[int], tables: Tensor) -> AttentionInput:
+def _attention(rows: Seq[Scheduled], starts: list[int], memory: DeviceMemory) -> AttentionInput:
+    device = memory.arena.device
     contexts = [row.start + row.num_tokens for row in rows]
+    tiles = [
+        (index, first)
+        for index, row in enumerate(rows)
+        if row.num_tokens > 1
+        for first in range(0, row.num_tokens, QUERY_TILE)
+    ]
     return AttentionInput(
         num_decode=sum(1 for row in rows if row.num_tokens == 1),
         query_starts=starts,
         context_lens=contexts,
-        context_table=torch.tensor(contexts, dtype=torch.int32, device=tables.device),
-        block_tables=tables,
+        context_table=torch.tensor(contexts, dtype=torch.int32, device=device),
+        block_tables=_block_tables(rows).to(device),
+        query_start_table=_table(starts, device) if memory.with_tiles else None,
+        query_tiles=_table(tiles, device).view(-1, 2) if memory.with_tiles else None,
     )
 
 
 def _lora(slots: list[int], memory: DeviceMemory) -> LoraInput:
     segments = segments_of(slots)
-    table = torch.tensor(segments, dtype=torch.int32, device=memory.arena.device).view(-1, 3)
-    return LoraInput(memory.arena, memory.adapter_dtype, memory.tables, segments, table)
+    return LoraInput(
+        arena=memory.arena,
+        dtype=memory.adapter_dtype,
+        tables=memory.tables,
+        has_adapters=bool(segments),
+        segments=segments,
+        segment_table=_table(segments, memory.arena.device).view(-1, 3),
+        tiles=_tiles(segments, len(slots), memory.arena.device) if memory.with_tiles else None,
+    )
+
+
+def _tiles(segments: Seq[Segment], num_rows: int, device: torch.device) -> LoraTiles:
+    tiles = tiles_of(segments, num_rows)
+    return LoraTiles(
+        short=_table(tiles.short, device).view(-1, 3),
+        starts=_table(tiles.starts, device),
+        long=_table(tiles.long, device).view(-1, 3),
+    )
+
+
+def _table(values: Seq[object], device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32, device=device)

@@ -12,7 +12,7 @@ from loraplex.engine.batch import Batch, DeviceMemory
 from loraplex.engine.sampler import sample
 from loraplex.engine.scheduler import Sampled, Scheduled
 from loraplex.model.config import MODULES, ModelConfig
-from loraplex.model.decoder import Decoder
+from loraplex.model.decoder import Activations, Decoder
 
 BLOCK_QUANTUM = 16
 """A block holds a multiple of so many tokens' KV."""
@@ -46,6 +46,8 @@ class RunnerConfig:
     num_blocks: int
     max_slots: int
     max_rank: int
+    max_rows: int  # tokens of one step
+    max_running: int  # sequences of one step
     device: torch.device
 
 
@@ -66,13 +68,18 @@ class ModelRunner:
         tables = AdapterTables(
             config.max_slots, model.num_layers, len(MODULES), config.max_rank, config.device
         )
-        self._memory = DeviceMemory(arena, dtype, tables, block.tokens)
+        self._memory = DeviceMemory(arena, dtype, tables, block.tokens, ops.uses_tiles)
+        self._activations = Activations.allocate(
+            model, dtype, config.device, config.max_rows, config.max_running
+        )
 
     def run(self, rows: Seq[Scheduled]) -> list[Sampled]:
         """One forward pass over all rows; what was drawn for those that sample, in order."""
         with torch.inference_mode():
             batch = Batch.build(rows, self._memory)
-            logits = self._decoder.forward(batch.decoder_input, self._kv_cache, self._ops)
+            logits = self._decoder.forward(
+                batch.decoder_input, self._kv_cache, self._ops, self._activations
+            )
             return sample(logits, batch.sampling)
 
     def copy_adapter(self, packed: PackedAdapter, blocks: Seq[int]) -> None:

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from loraplex_kernels.ops import AttentionInput, LoraInput, Ops
 from torch import Tensor
 
@@ -36,6 +35,82 @@ class DecoderInput:
     lora: LoraInput
 
 
+@dataclass(frozen=True, slots=True)
+class Activations:
+    """Memory for everything one forward pass computes, made once: a step allocates nothing.
+
+    R rows of a step, L of them with logits. Every tensor starts at the same address in each step,
+    which is what a captured graph counts on.
+    """
+
+    embedded: Tensor  # [R, hidden]
+    residual: Tensor  # fp32 [R, hidden]
+    cos: Tensor  # fp32 [R, head_dim / 2]
+    sin: Tensor
+    normed: Tensor  # [R, hidden]
+    qkv: Tensor  # [R, (heads + 2 kv_heads) * head_dim]
+    attended: Tensor  # [R, heads * head_dim]
+    delta: Tensor  # [R, hidden], what the last linear adds to the residual
+    gate_up: Tensor  # [R, 2 intermediate]
+    gated: Tensor  # [R, intermediate]
+    last_residual: Tensor  # fp32 [L, hidden]
+    last_delta: Tensor  # [L, hidden]
+    last_normed: Tensor  # [L, hidden]
+    scores: Tensor  # [L, vocab]
+    logits: Tensor  # fp32 [L, vocab]
+
+    @classmethod
+    def allocate(
+        cls,
+        config: ModelConfig,
+        dtype: torch.dtype,
+        device: torch.device,
+        max_rows: int,
+        max_logits: int,
+    ) -> "Activations":
+        hidden, wide = config.hidden_size, config.intermediate_size
+        heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
+
+        def rows(width: int, kind: torch.dtype = dtype) -> Tensor:
+            return torch.empty(max_rows, width, dtype=kind, device=device)
+
+        def last(width: int, kind: torch.dtype = dtype) -> Tensor:
+            return torch.empty(max_logits, width, dtype=kind, device=device)
+
+        return cls(
+            embedded=rows(hidden),
+            residual=rows(hidden, torch.float32),
+            cos=rows(dim // 2, torch.float32),
+            sin=rows(dim // 2, torch.float32),
+            normed=rows(hidden),
+            qkv=rows((heads + 2 * kv_heads) * dim),
+            attended=rows(heads * dim),
+            delta=rows(hidden),
+            gate_up=rows(2 * wide),
+            gated=rows(wide),
+            last_residual=last(hidden, torch.float32),
+            last_delta=last(hidden),
+            last_normed=last(hidden),
+            scores=last(config.vocab_size),
+            logits=last(config.vocab_size, torch.float32),
+        )
+
+    def first(self, num_rows: int, num_logits: int) -> "Activations":
+        """The same memory, cut to one step's rows."""
+        assert num_rows <= len(self.residual)
+        assert num_logits <= len(self.logits)
+        sizes = dict.fromkeys(self.__slots__, num_rows)
+        sizes |= dict.fromkeys(_OF_LAST_ROWS, num_logits)
+        return Activations(**{name: getattr(self, name)[:size] for name, size in sizes.items()})
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(getattr(self, name).nbytes for name in self.__slots__)
+
+
+_OF_LAST_ROWS = ("last_residual", "last_delta", "last_normed", "scores", "logits")
+
+
 class Decoder:
     """Weights and one forward pass. The residual stream is fp32, the activations `dtype`."""
 
@@ -57,26 +132,37 @@ class Decoder:
         cos, sin = rotary_tables(config.rope, config.head_dim, config.context_length)
         self._cos, self._sin = cos.to(embedding.device), sin.to(embedding.device)
 
-    def forward(self, batch: DecoderInput, kv_cache: Tensor, ops: Ops) -> Tensor:
-        """Logits fp32 `[len(logits_rows), vocab]`; writes the rows' KV into the cache.
+    def forward(
+        self, batch: DecoderInput, kv_cache: Tensor, ops: Ops, memory: Activations
+    ) -> Tensor:
+        """Logits fp32 `[len(logits_rows), vocab]` in `memory`; writes the rows' KV into the cache.
 
         kv_cache is the arena as `[num_blocks, layers, 2, kv_heads, block_tokens, head_dim]`.
         """
-        eps, dtype = self.config.rms_norm_eps, self.dtype
-        cos, sin = self._cos[batch.positions], self._sin[batch.positions]
-        residual = F.embedding(batch.token_ids, self._embedding).float()
+        eps, lora, rows = self.config.rms_norm_eps, batch.lora, batch.logits_rows
+        work = memory.first(len(batch.token_ids), len(rows))
+        residual = self._embed(batch, work)
         delta: Tensor | None = None
         for index, layer in enumerate(self._layers):
-            x = ops.add_rms_norm(residual, delta, layer.input_norm, eps, dtype)
-            qkv = layer.qkv(x, ops, batch.lora, index)
+            ops.add_rms_norm(residual, delta, layer.input_norm, eps, work.normed)
+            layer.qkv(work.normed, ops, lora, index, work.qkv)
             k_cache, v_cache = kv_cache[:, index, 0], kv_cache[:, index, 1]
-            ops.rotary_and_cache(qkv, cos, sin, k_cache, v_cache, batch.slot_mapping)
-            attended = ops.attention(qkv, k_cache, v_cache, batch.attention)
-            delta = layer.o(attended, ops, batch.lora, index)
-            x = ops.add_rms_norm(residual, delta, layer.post_attention_norm, eps, dtype)
-            gate_up = layer.gate_up(x, ops, batch.lora, index)
-            delta = layer.down(ops.silu_mul(gate_up), ops, batch.lora, index)
-        assert delta is not None
-        rows = batch.logits_rows
-        x = ops.add_rms_norm(residual[rows], delta[rows], self._norm, eps, dtype)
-        return F.linear(x, self._head).float()
+            ops.rotary_and_cache(work.qkv, work.cos, work.sin, k_cache, v_cache, batch.slot_mapping)
+            ops.attention(work.qkv, k_cache, v_cache, batch.attention, work.attended)
+            delta = layer.o(work.attended, ops, lora, index, work.delta)
+            ops.add_rms_norm(residual, delta, layer.post_attention_norm, eps, work.normed)
+            layer.gate_up(work.normed, ops, lora, index, work.gate_up)
+            ops.silu_mul(work.gate_up, work.gated)
+            delta = layer.down(work.gated, ops, lora, index, work.delta)
+        torch.index_select(residual, 0, rows, out=work.last_residual)
+        torch.index_select(work.delta, 0, rows, out=work.last_delta)
+        ops.add_rms_norm(work.last_residual, work.last_delta, self._norm, eps, work.last_normed)
+        torch.mm(work.last_normed, self._head.T, out=work.scores)
+        return work.logits.copy_(work.scores)
+
+    def _embed(self, batch: DecoderInput, work: Activations) -> Tensor:
+        """The residual stream's start, and the rows' cosines and sines beside it."""
+        torch.index_select(self._embedding, 0, batch.token_ids, out=work.embedded)
+        torch.index_select(self._cos, 0, batch.positions, out=work.cos)
+        torch.index_select(self._sin, 0, batch.positions, out=work.sin)
+        return work.residual.copy_(work.embedded)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from loraplex_kernels.nf4 import BaseWeight, NF4Weight
 from loraplex_kernels.ops import Projection
 from torch import Tensor
 
@@ -14,7 +15,6 @@ from loraplex.model.checkpoint import Checkpoint
 from loraplex.model.config import MODULES, ModelConfig, linear_prefix, read_json
 from loraplex.model.decoder import Decoder, DecoderLayer
 from loraplex.model.linear import Linear, WeightForm
-from loraplex.model.nf4 import NF4Weight
 
 Progress = Callable[[int, int], None]
 """Called with (layers done, layers in all)."""
@@ -104,14 +104,13 @@ class _Reader:
             column += shape[0]
             if has_bias:
                 biases.append(self.dense(f"{name}.bias", (shape[0],)))
-        weight = nf4.stack(weights) if len(weights) > 1 else weights[0]
-        return Linear(
-            weight.to(self._options.device),
-            torch.cat(biases) if has_bias else None,
-            tuple(projections),
-            self._options.form,
-            self._options.dtype,
-        )
+        bias = torch.cat(biases) if has_bias else None
+        return Linear(self._placed(nf4.stack(weights)), bias, tuple(projections))
+
+    def _placed(self, weight: NF4Weight) -> BaseWeight:
+        placed = weight.to(self._options.device)
+        is_dense = self._options.form is WeightForm.DENSE
+        return BaseWeight(placed, placed.dequantize().to(self._options.dtype) if is_dense else None)
 
     def _weight(self, name: str, shape: tuple[int, int]) -> NF4Weight:
         if not self._is_quantized:

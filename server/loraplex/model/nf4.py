@@ -1,57 +1,14 @@
-"""A weight matrix in bitsandbytes' NF4: 4-bit codes with one fp32 absmax for each 64 of them.
-
-Format (Dettmers et al. 2023, QLoRA): uint8 `[out, in / 2]`, high nibble first, blocks of 64 along
-the flattened matrix; a value is `code * absmax`. Several matrices therefore stack exactly.
-"""
+"""NF4 weights made: from full precision, from a checkpoint in bitsandbytes' format, by stacking."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
+from loraplex_kernels.bitsandbytes import functional as bnb
+from loraplex_kernels.nf4 import BLOCK_SIZE, NF4Weight
 from torch import Tensor
 
-from loraplex.model.bitsandbytes import functional as bnb
-
-BLOCK_SIZE = 64
 SETTINGS = {"quant_type": "nf4", "blocksize": BLOCK_SIZE, "compress_statistics": False}
 QUANT_STATE_KEY = "quant_state.bitsandbytes__nf4"
-
-
-@dataclass(frozen=True, slots=True)
-class NF4Weight:
-    """codes uint8 [out, in / 2]; absmax fp32 [out * in / 64]; code fp32 [16], NF4's levels."""
-
-    codes: Tensor
-    absmax: Tensor
-    code: Tensor
-
-    @property
-    def out_features(self) -> int:
-        return int(self.codes.shape[0])
-
-    @property
-    def in_features(self) -> int:
-        return 2 * int(self.codes.shape[1])
-
-    @property
-    def state(self) -> "bnb.QuantState":
-        return bnb.QuantState(
-            absmax=self.absmax,
-            shape=torch.Size((self.out_features, self.in_features)),
-            code=self.code,
-            blocksize=BLOCK_SIZE,
-            quant_type="nf4",
-            dtype=torch.bfloat16,
-        )
-
-    def dequantize(self) -> Tensor:
-        """bf16 [out, in]: the values every other form of this weight is held to."""
-        packed = self.codes.view(-1, 1)
-        result: Tensor = bnb.dequantize_4bit(packed, self.state)
-        return result
-
-    def to(self, device: torch.device) -> "NF4Weight":
-        return NF4Weight(self.codes.to(device), self.absmax.to(device), self.code.to(device))
 
 
 def quantize(weight: Tensor) -> NF4Weight:
@@ -98,6 +55,8 @@ def _check_lengths(codes: Tensor, state: "bnb.QuantState") -> None:
 
 def stack(weights: Sequence[NF4Weight]) -> NF4Weight:
     """Matrices over the same inputs, one above the other, as one weight."""
+    if len(weights) == 1:
+        return weights[0]
     return NF4Weight(
         torch.cat([w.codes for w in weights]),
         torch.cat([w.absmax for w in weights]),

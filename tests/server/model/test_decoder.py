@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from loraplex.model.bitsandbytes import functional as bnb
 from loraplex.model.checkpoint import Checkpoint
 from loraplex.model.config import read_model_config
-from loraplex.model.decoder import Decoder, DecoderInput
+from loraplex.model.decoder import Activations, Decoder, DecoderInput
 from loraplex.model.linear import WeightForm
 from loraplex.model.loader import LoadOptions, load_decoder
+from loraplex_kernels.bitsandbytes import functional as bnb
 from loraplex_kernels.dispatch import choose_ops
 from loraplex_kernels.ops import AttentionInput, LoraInput, Ops
 from loraplex_kernels.reference import TorchOps
@@ -107,6 +107,7 @@ class PagedDecoder:
         shape = (config.num_layers, 2, config.num_kv_heads, self.BLOCK_TOKENS, config.head_dim)
         self._cache = torch.full((self.NUM_BLOCKS, *shape), torch.nan)
         self._tables = AdapterTables(1, config.num_layers, 7, 16, CPU)
+        self._memory = Activations.allocate(config, decoder.dtype, CPU, 64, 64)
         self.lengths = [0] * self.NUM_SEQUENCES
 
     def step(self, *rows: tuple[int, list[int]], logits_rows: list[int] | None = None) -> Tensor:
@@ -128,8 +129,9 @@ class PagedDecoder:
             context_lens=contexts,
             context_table=torch.tensor(contexts, dtype=torch.int32),
             block_tables=torch.tensor([self._blocks(s) for s, _ in rows], dtype=torch.int32),
+            query_start_table=None,
+            query_tiles=None,
         )
-        nothing = torch.zeros(0, dtype=torch.uint8)
         batch = DecoderInput(
             token_ids=torch.tensor([token for _, tokens in rows for token in tokens]),
             positions=torch.tensor(positions),
@@ -139,11 +141,17 @@ class PagedDecoder:
             ),
             attention=attention,
             lora=LoraInput(
-                nothing, torch.float32, self._tables, (), torch.zeros(0, 3, dtype=torch.int32)
+                arena=torch.zeros(0, dtype=torch.uint8),
+                dtype=torch.float32,
+                tables=self._tables,
+                has_adapters=False,
+                segments=(),
+                segment_table=torch.zeros(0, 3, dtype=torch.int32),
+                tiles=None,
             ),
         )
         with torch.inference_mode():
-            return self._decoder.forward(batch, self._cache, self._ops)
+            return self._decoder.forward(batch, self._cache, self._ops, self._memory).clone()
 
     def _blocks(self, sequence: int) -> list[int]:
         return list(range(self.NUM_BLOCKS - 1 - sequence, -1, -self.NUM_SEQUENCES))

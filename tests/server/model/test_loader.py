@@ -10,12 +10,12 @@ import pytest
 import torch
 from loraplex.errors import ModelError
 from loraplex.model import nf4
-from loraplex.model.bitsandbytes import functional as bnb
 from loraplex.model.checkpoint import Checkpoint
 from loraplex.model.config import MODULES, read_model_config
 from loraplex.model.decoder import Decoder, DecoderLayer
 from loraplex.model.linear import Linear, WeightForm
 from loraplex.model.loader import LoadOptions, load_decoder
+from loraplex_kernels.bitsandbytes import functional as bnb
 from loraplex_kernels.ops import Projection
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -80,9 +80,9 @@ def parts(linear: Linear, modules: tuple[str, ...]) -> dict[str, tuple[Tensor, T
     found = {}
     for module, projection in zip(modules, linear.projections, strict=True):
         rows = slice(projection.column, projection.column + projection.width)
-        blocks = slice(*(row * linear.weight.in_features // 64 for row in (rows.start, rows.stop)))
+        blocks = slice(*(row * linear.weight.nf4.in_features // 64 for row in (rows.start, rows.stop)))
         assert MODULES[projection.module] == module
-        found[module] = (linear.weight.codes[rows], linear.weight.absmax[blocks])
+        found[module] = (linear.weight.nf4.codes[rows], linear.weight.nf4.absmax[blocks])
     return found
 
 

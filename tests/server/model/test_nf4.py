@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loraplex.model import nf4
-from loraplex.model.bitsandbytes import functional as bnb
+from loraplex_kernels.bitsandbytes import functional as bnb
 from torch import Tensor
 
 
