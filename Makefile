@@ -20,10 +20,10 @@ endif
 
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help setup demo test check format bench train protos proto-lint docker clean
+.PHONY: help setup demo test check format bench kernels-report train protos proto-lint docker clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
 
 setup: $(STAMP) ## make .venv with everything for running, testing and developing
 
@@ -54,6 +54,9 @@ format: setup ## let ruff rewrite what it can
 
 bench: setup ## tokens a second, mixed adapters, beside transformers + PEFT
 	$(BIN)/python benchmarks/serving.py
+
+kernels-report: setup ## compile every Triton kernel for six GPUs, and hold it to the gates
+	$(BIN)/python benchmarks/kernel_report.py --save
 
 train: setup ## train the example adapters anew
 	$(BIN)/python benchmarks/train_adapters.py

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-PACKAGES = ("loraplex", "torch", "transformers", "peft", "bitsandbytes", "grpcio")
+PACKAGES = ("loraplex", "torch", "triton", "transformers", "peft", "bitsandbytes", "grpcio")
 ROOT = Path(__file__).resolve().parent.parent
 
 

@@ -1,4 +1,4 @@
-"""Choose the ops for a device."""
+"""The ops for a device. What a device does not need is not imported: triton has its demands."""
 
 import logging
 from pathlib import Path
@@ -12,15 +12,20 @@ from loraplex_kernels.reference import TorchOps
 log = logging.getLogger(__name__)
 
 
-def choose_ops(device: torch.device, cache_dir: Path) -> Ops:
-    """The fastest ops that work on `device`; torch's own where there is nothing better.
-
-    On a CPU that is the compiled ones, built into `cache_dir` at first use.
-    """
-    if device.type != "cpu":
-        return TorchOps()
+def cpu_ops(cache_dir: Path) -> Ops:
+    """The compiled ops, built into `cache_dir` at first use; torch's own where that fails."""
     try:
         return NativeOps(load_library(cache_dir))
     except BuildError as error:
         log.warning("the CPU ops run in plain torch, which is slower: %s", error)
         return TorchOps()
+
+
+def interpreted_ops() -> Ops:
+    """The Triton kernels in Triton's interpreter; `TRITON_INTERPRET=1` was set before."""
+    from loraplex_kernels.gpu import interpreter
+    from loraplex_kernels.gpu.ops import TritonOps
+    from loraplex_kernels.gpu.paths import EVERY_KERNEL
+
+    interpreter.repair()
+    return TritonOps(torch.device("cpu"), "interpreter", EVERY_KERNEL)

@@ -71,6 +71,10 @@ class Ops(Protocol):
     name: str
     uses_tiles: bool  # whether `LoraInput.tiles`, `query_start_table`, `query_tiles` are read
 
+    @property
+    def can_be_captured(self) -> bool:
+        """Whether a step of decode rows is device work only, so that a CUDA graph can hold it."""
+
     def add_rms_norm(
         self, residual: Tensor, delta: Tensor | None, weight: Tensor, eps: float, out: Tensor
     ) -> None:

@@ -16,6 +16,7 @@ class TorchOps:
 
     name = "torch"
     uses_tiles = False
+    can_be_captured = False
 
     def add_rms_norm(
         self, residual: Tensor, delta: Tensor | None, weight: Tensor, eps: float, out: Tensor

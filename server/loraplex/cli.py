@@ -43,6 +43,19 @@ examples:
   loraplex serve --listen 127.0.0.1:0 --metrics off --dtype float32
 """
 
+CHECK_EPILOG = """\
+Exit code 0 when everything passed, else 1 and a line on stderr that names what failed; serve would
+leave that to torch. Times are of the device alone, with cold caches on a GPU and warm ones on a
+CPU; "moved" counts each byte that an op must touch once, and "rate" is to be read beside a copy's.
+
+examples:
+  loraplex check
+  loraplex check --model meta-llama/Llama-3.1-8B --save
+  loraplex check --device cpu --json | jq .failed
+"""
+
+DEVICES = ("auto", "cpu", "cuda", "triton-interpret")
+
 T = TypeVar("T")
 
 
@@ -64,6 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_serve(commands)
     _add_demo(commands)
+    _add_check(commands)
     client.add_commands(commands)
     return parser
 
@@ -91,13 +105,17 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
         help="a Hugging Face folder, a hub id, or the built-in %(default)s (default)",
     )
     group.add_argument(
-        "--device", default="auto", choices=("auto", "cpu", "cuda"), help="default: %(default)s"
+        "--device",
+        default="auto",
+        choices=DEVICES,
+        help="default: cuda where there is one, else cpu; triton-interpret runs the GPU's kernels "
+        "in Python, for tests with tiny models",
     )
     group.add_argument(
         "--dtype",
-        default="bfloat16",
-        choices=("bfloat16", "float32"),
-        help="of activations, KV and adapters; float32 on a CPU only (default: %(default)s)",
+        choices=("bfloat16", "float16", "float32"),
+        help="of activations, KV and adapters (default: bfloat16; float32 on a CPU only, float16 "
+        "with triton-interpret only, where it is the default)",
     )
     group.add_argument(
         "--context-length", type=_positive, metavar="N", help="default: what the model allows"
@@ -165,6 +183,11 @@ def _add_limit_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--threads", type=_positive, metavar="N", help="default: one a core")
     group.add_argument(
+        "--no-cuda-graphs",
+        action="store_true",
+        help="on a GPU: launch every kernel of every step anew, which takes longer",
+    )
+    group.add_argument(
         "--drain",
         type=float,
         default=30.0,
@@ -191,15 +214,59 @@ def _add_demo(commands: client.Subparsers) -> None:
     parser.set_defaults(func=_demo)
 
 
+def _add_check(commands: client.Subparsers) -> None:
+    parser = commands.add_parser(
+        "check",
+        help="try every kernel on this device: right results, time, bytes/s",
+        description="Run every op over a model's shapes on this device, hold its results against "
+        "plain\nfp32 maths, and time it. Of the model, config.json alone is read.",
+        epilog=CHECK_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--device",
+        default="auto",
+        choices=DEVICES,
+        help="default: cuda where there is one, else cpu, where the torch ops, the compiled ones "
+        "and, in Triton's interpreter, the GPU's kernels are tried",
+    )
+    parser.add_argument(
+        "--model",
+        default=DEFAULT_MODEL,
+        metavar="PATH|HUB_ID|NAME",
+        help="whose shapes to use (default: %(default)s, the built-in one)",
+    )
+    parser.add_argument(
+        "--max-rank", type=_positive, default=64, metavar="N", help="as serve has it (default: 64)"
+    )
+    parser.add_argument("--threads", type=_positive, metavar="N", help="default: one a core")
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+    parser.add_argument(
+        "--save",
+        action="store_true",
+        help="on a GPU: keep the verdict for serve, and measure which way each 4-bit product is "
+        "quickest, which serve then takes (default: serve checks by itself, and all of them go "
+        "through bitsandbytes)",
+    )
+    parser.set_defaults(func=_check)
+
+
 def _serve(args: argparse.Namespace) -> int:
-    # OpenMP's idle threads would spin on the cores that the RPC loop needs; read when torch loads.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    _prepare_environment(args.device)
     from loraplex.logs import set_up_logging
 
     set_up_logging(args.log_level)
     with _server_extra():
         from loraplex.serve import serve
     return serve(_serve_config(args))
+
+
+def _prepare_environment(device: str) -> None:
+    """What torch and triton read when they are imported."""
+    # OpenMP's idle threads would spin on the cores that the RPC loop needs.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if device == "triton-interpret":
+        os.environ["TRITON_INTERPRET"] = "1"
 
 
 def _serve_config(args: argparse.Namespace) -> ServeConfig:
@@ -225,6 +292,7 @@ def _serve_config(args: argparse.Namespace) -> ServeConfig:
         max_adapter_bytes=args.max_adapter_size,
         context_length=args.context_length,
         threads=args.threads,
+        cuda_graphs=not args.no_cuda_graphs,
         step_log=args.step_log,
         drain_seconds=args.drain,
     )
@@ -236,6 +304,23 @@ def _demo(args: argparse.Namespace) -> int:
     from loraplex.demo import demo
 
     return demo(args.prompt, args.max_tokens)
+
+
+def _check(args: argparse.Namespace) -> int:
+    _prepare_environment("cpu")  # the interpreter runs in a process of its own
+    with _server_extra():
+        from loraplex.check import CheckConfig, check
+    return check(
+        CheckConfig(
+            cache=cache_dir(),
+            model=args.model,
+            device=args.device,
+            max_rank=args.max_rank,
+            threads=args.threads,
+            as_json=args.json,
+            is_saved=args.save,
+        )
+    )
 
 
 @contextmanager

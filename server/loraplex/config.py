@@ -31,7 +31,7 @@ class ServeConfig:
     cache: Path
     model: str = DEFAULT_MODEL
     device: str = "auto"
-    dtype: str = "bfloat16"
+    dtype: str | None = None
     listen: Address = Address("127.0.0.1", 50051)
     metrics: Address | None = Address("127.0.0.1", 9464)
     insecure: bool = False
@@ -46,6 +46,7 @@ class ServeConfig:
     max_adapter_bytes: int = 2**30
     context_length: int | None = None
     threads: int | None = None
+    cuda_graphs: bool = True
     step_log: Path | None = None
     drain_seconds: float = 30.0
 

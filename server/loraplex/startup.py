@@ -1,12 +1,11 @@
 """Everything that is built once, before the first request: device, base model, memory, engine."""
 
 import logging
-import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from loraplex_kernels.dispatch import choose_ops
+from loraplex_kernels.dispatch import cpu_ops, interpreted_ops
 from loraplex_kernels.ops import Ops
 
 from loraplex.adapters.packing import Layout
@@ -14,6 +13,14 @@ from loraplex.adapters.peft import BaseLinear
 from loraplex.adapters.pool import AdapterPool
 from loraplex.api.protocols import Limits, ModelInfo
 from loraplex.config import ServeConfig, format_size
+from loraplex.device import (
+    INTERPRETER,
+    Device,
+    available_cores,
+    choose_device,
+    free_host_memory,
+    free_memory,
+)
 from loraplex.engine.arena import Arena
 from loraplex.engine.model_runner import BlockShape, ModelRunner, RunnerConfig, block_shape
 from loraplex.engine.scheduler import Scheduler, SchedulerConfig
@@ -26,12 +33,12 @@ from loraplex.model.generation import GenerationDefaults, read_generation_defaul
 from loraplex.model.hub import resolve_model
 from loraplex.model.linear import WeightForm
 from loraplex.model.loader import LoadOptions, load_decoder
+from loraplex.model.shapes import shapes_of
 from loraplex.model.tokenizer import Tokenizer
 from loraplex.progress import progress_bar
 
 log = logging.getLogger(__name__)
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MAX_CPU_ARENA = 2 << 30
 
 
@@ -46,7 +53,7 @@ class Base:
     tokenizer: Tokenizer
     decoder: Decoder
     ops: Ops
-    device: torch.device
+    device: Device
 
     @property
     def linears(self) -> dict[str, BaseLinear]:
@@ -69,22 +76,9 @@ class Memory:
         return self.num_blocks * self.block.tokens
 
 
-def choose_device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise StartupError("--device cuda: torch finds no CUDA device on this machine")
-    if name not in ("cpu", "cuda"):
-        raise StartupError(f"--device {name} is not served by this version (auto, cpu, cuda)")
-    return torch.device(name)
-
-
 def load_base(config: ServeConfig) -> Base:
     """Find, read and quantise the model; ModelError says what is wrong with it."""
-    device = choose_device(config.device)
-    dtype = DTYPES[config.dtype]
-    if device.type == "cuda" and dtype is not torch.bfloat16:
-        raise StartupError("--dtype float32 is for --device cpu")
+    device = choose_device(config.device, config.dtype)
     torch.set_num_threads(config.threads or available_cores())
     folder = resolve_model(config.model, config.cache)
     trained = read_model_config(folder)
@@ -92,7 +86,8 @@ def load_base(config: ServeConfig) -> Base:
     checkpoint = Checkpoint(folder)
     settings = {"model": asdict(trained), "quantization": nf4.SETTINGS}
     identity = base_identity(checkpoint, settings, config.cache / "identities")
-    options = LoadOptions(device, dtype, _weight_form(model, device, dtype))
+    ops = _build_ops(config, model, device)  # before the weights take its memory
+    options = LoadOptions(device.where, device.dtype, _weight_form(model, device))
     with progress_bar(f"Loading {config.model}") as progress:
         decoder = load_decoder(checkpoint, model, options, progress)
     return Base(
@@ -102,29 +97,23 @@ def load_base(config: ServeConfig) -> Base:
         defaults=read_generation_defaults(folder),
         tokenizer=Tokenizer.load(folder),
         decoder=decoder,
-        ops=choose_ops(device, config.cache / "native"),
+        ops=ops,
         device=device,
     )
 
 
-def available_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _build_ops(config: ServeConfig, model: ModelConfig, device: Device) -> Ops:
+    if device.name == "cpu":
+        return cpu_ops(config.cache / "native")
+    if device.name == INTERPRETER:
+        return interpreted_ops()
+    from loraplex_kernels.gpu.trusted import triton_ops
 
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that can still be taken there."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_host_memory()
-
-
-def free_host_memory() -> int:
-    """Bytes that can be taken without swapping."""
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    with progress_bar("Checking the kernels on this GPU") as progress:
+        shapes = shapes_of(config.model, model)
+        return triton_ops(
+            device.where, shapes, device.dtype, config.max_rank, config.cache, progress
+        )
 
 
 def _with_context(model: ModelConfig, wanted: int | None) -> ModelConfig:
@@ -137,12 +126,12 @@ def _with_context(model: ModelConfig, wanted: int | None) -> ModelConfig:
     return replace(model, context_length=wanted)
 
 
-def _weight_form(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> WeightForm:
+def _weight_form(model: ModelConfig, device: Device) -> WeightForm:
     """A dequantised copy is the quickest on a CPU, where there is room for it."""
-    if device.type != "cpu":
+    if device.name != "cpu":
         return WeightForm.PACKED
     weights = sum(shape.out_features * shape.in_features for shape in model.linears())
-    size = weights * dtype.itemsize
+    size = weights * device.dtype.itemsize
     if size > free_host_memory() // 2:
         log.info("serving from the 4-bit codes: a dequantised copy takes %s", format_size(size))
         return WeightForm.PACKED
@@ -154,8 +143,8 @@ def plan_memory(config: ServeConfig, base: Base) -> Memory:
     """The arena's size; StartupError when it cannot be had, or not one short request would fit."""
     dtype = base.decoder.dtype
     block = block_shape(base.config, dtype, dtype)
-    free = free_memory(base.device)
-    size = config.memory if config.memory is not None else _default_memory(base.device, free)
+    free = free_memory(base.device.where)
+    size = config.memory if config.memory is not None else _default_memory(base.device.where, free)
     if size > free:
         raise StartupError(
             f"--memory {format_size(size)} cannot be had: {format_size(free)} are free"
@@ -186,9 +175,20 @@ def build_runner(config: ServeConfig, base: Base, memory: Memory) -> ModelRunner
         max_rank=config.max_rank,
         max_rows=config.max_step_tokens,
         max_running=config.max_running,
-        device=base.device,
+        device=base.device.where,
     )
-    return ModelRunner(base.decoder, base.ops, sizes)
+    runner = ModelRunner(base.decoder, base.ops, sizes)
+    if base.device.name == "cuda" and config.cuda_graphs:
+        _capture_graphs(runner, base.ops)
+    return runner
+
+
+def _capture_graphs(runner: ModelRunner, ops: Ops) -> None:
+    if not ops.can_be_captured:
+        log.warning("no CUDA graphs: some ops run in torch, whose loops no graph can hold")
+        return
+    with progress_bar("Capturing CUDA graphs") as progress:
+        runner.capture_graphs(progress)
 
 
 def layout_of(base: Base, memory: Memory) -> Layout:
@@ -201,7 +201,7 @@ def model_info(config: ServeConfig, base: Base, memory: Memory) -> ModelInfo:
         name=base.name,
         base_id=base.identity,
         architecture=base.config.architecture,
-        device=base.device.type,
+        device=base.device.name,
         dtype=str(base.decoder.dtype).removeprefix("torch."),
         context_length=base.config.context_length,
         vocab_size=base.config.vocab_size,
@@ -222,4 +222,4 @@ def model_info(config: ServeConfig, base: Base, memory: Memory) -> ModelInfo:
 
 def describe(base: Base, memory: Memory) -> str:
     """For the ready line: device, quantisation, memory."""
-    return f"{base.device.type}, nf4, {format_size(memory.size)} for KV and adapters"
+    return f"{base.device.name}, nf4, {format_size(memory.size)} for KV and adapters"

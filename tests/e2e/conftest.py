@@ -26,7 +26,7 @@ from safetensors.numpy import save_file
 LOG_LINE = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}) [A-Z]+ [\w.]+ ")
 READY_LINE = re.compile(
     r"loraplex: serving (?P<model>\S+) on (?P<target>127\.0\.0\.1:\d+) "
-    r"\((?P<device>\w+), nf4, (?P<memory>[\d.]+ [KMG]iB) for KV and adapters\)\n"
+    r"\((?P<device>[\w-]+), nf4, (?P<memory>[\d.]+ [KMG]iB) for KV and adapters\)\n"
 )
 SECONDS = 30.0  # the longest wait for anything that a quiet machine does in milliseconds
 

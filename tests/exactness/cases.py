@@ -142,9 +142,12 @@ def generate_adapter(generated: Generated, base: Path, folder: Path, seed: int) 
 class Folders:
     """PEFT folders by adapter name, made when they are first asked for."""
 
-    def __init__(self, base: Path, work: Path) -> None:
+    def __init__(
+        self, base: Path, work: Path, generated: Mapping[str, Generated] = GENERATED
+    ) -> None:
         self._base = base
         self._work = work
+        self._generated = generated
         self._examples = {f"example {e.name}": e.path for e in example_adapters()}
 
     def __call__(self, adapter: str) -> Path:
@@ -153,8 +156,8 @@ class Folders:
             if adapter in self._examples:
                 shutil.copytree(self._examples[adapter], folder)
             else:
-                seed = list(GENERATED).index(adapter)
-                generate_adapter(GENERATED[adapter], self._base, folder, seed)
+                seed = list(self._generated).index(adapter)
+                generate_adapter(self._generated[adapter], self._base, folder, seed)
         return folder
 
 

@@ -17,7 +17,7 @@ from loraplex.model.default import ensure_default_model
 from loraplex.model.linear import WeightForm
 from loraplex.model.loader import LoadOptions, load_decoder
 from loraplex.model.tokenizer import Tokenizer
-from loraplex_kernels.dispatch import choose_ops
+from loraplex_kernels.dispatch import cpu_ops
 from loraplex_kernels.ops import Ops
 from loraplex_kernels.reference import TorchOps
 
@@ -81,7 +81,7 @@ def decoder_of(model_folder: Path) -> DecoderOf:
 
 @pytest.fixture(scope="module")
 def ops(tmp_path_factory: pytest.TempPathFactory) -> Ops:
-    return choose_ops(CPU, tmp_path_factory.mktemp("native"))
+    return cpu_ops(tmp_path_factory.mktemp("native"))
 
 
 @pytest.fixture(scope="module")

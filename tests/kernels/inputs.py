@@ -40,6 +40,7 @@ RANKS = (  # of each slot's modules; 0: not adapted
 class Bank:
     """Adapters in a poisoned arena, and their plain matrices."""
 
+    projections: tuple[Projection, ...]
     arena: Tensor
     tables: AdapterTables
     dtype: torch.dtype
@@ -55,26 +56,33 @@ class Bank:
     def reference(self, y: Tensor, x: Tensor, slots: list[int], layer: int) -> Tensor:
         out = y.float().clone()
         for row, slot in enumerate(slots):
-            for module, column, width in PROJECTIONS:
+            for module, column, width in self.projections:
                 if (slot, layer, module) in self.matrices:
                     a, b, scale = self.matrices[slot, layer, module]
                     out[row, column : column + width] += scale * (b @ (a @ x[row].float()))
         return out
 
 
-def bank_of(dtype: torch.dtype, rng: torch.Generator) -> Bank:
-    arena = poison(4 << 20)
+def bank_of(
+    dtype: torch.dtype,
+    rng: torch.Generator,
+    k: int = K,
+    projections: tuple[Projection, ...] = PROJECTIONS,
+) -> Bank:
+    widest = max(k, *(projection.width for projection in projections))
+    room = -(-GRANULE_RANK * widest * dtype.itemsize // 64) * 64 + 64
+    arena = poison(200 * room)
     tables = AdapterTables(len(RANKS), LAYERS, MODULES, 64, CPU)
-    places = iter((torch.randperm(500, generator=rng) * 8192).tolist())
+    places = iter((torch.randperm(200, generator=rng) * room).tolist())
     matrices = {}
     for slot, ranks in enumerate(RANKS):
         granules: list[Granule] = []
         for layer in range(LAYERS):
-            for module, _, width in PROJECTIONS:
+            for module, _, width in projections:
                 rank = ranks[module]
                 if rank == 0:
                     continue
-                a = torch.randn(rank, K, generator=rng).to(dtype).float()
+                a = torch.randn(rank, k, generator=rng).to(dtype).float()
                 b = torch.randn(width, rank, generator=rng).to(dtype).float()
                 scale = 0.1 + slot / 4
                 matrices[slot, layer, module] = (a, b, scale)
@@ -84,7 +92,7 @@ def bank_of(dtype: torch.dtype, rng: torch.Generator) -> Bank:
                     lay(arena, b_at, b.T, part, dtype)
                     granules.append(Granule(layer, module, part, a_at, b_at, scale))
         tables.write(slot, granules)
-    return Bank(arena, tables, dtype, matrices)
+    return Bank(projections, arena, tables, dtype, matrices)
 
 
 def lay(arena: Tensor, offset: int, matrix: Tensor, part: int, dtype: torch.dtype) -> None:

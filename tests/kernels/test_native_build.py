@@ -8,8 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from loraplex_kernels.dispatch import choose_ops
+from loraplex_kernels.dispatch import cpu_ops
 from loraplex_kernels.native import BuildError, load_library
 
 HAS_COMPILER = any(shutil.which(name) for name in ("c++", "g++", "clang++"))
@@ -19,10 +18,10 @@ CHOOSE = """
 import logging, os, sys
 from pathlib import Path
 import torch
-from loraplex_kernels.dispatch import choose_ops
+from loraplex_kernels.dispatch import cpu_ops
 logging.basicConfig(format="%(levelname)s %(message)s", stream=sys.stdout)
 os.environ["PATH"] = sys.argv[1]
-print(choose_ops(torch.device("cpu"), Path(sys.argv[2])).name)
+print(cpu_ops(Path(sys.argv[2])).name)
 """
 
 
@@ -57,7 +56,7 @@ if HAS_COMPILER:
         assert Path(load_library(built.parent)._name) == built
         assert list(built.parent.iterdir()) == [built]
         assert built.stat().st_mtime_ns == before.st_mtime_ns
-        assert choose_ops(torch.device("cpu"), built.parent).name == "native"
+        assert cpu_ops(built.parent).name == "native"
 
     def test_a_damaged_library_falls_back(
         native_library: ctypes.CDLL, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -66,5 +65,5 @@ if HAS_COMPILER:
         with pytest.raises(BuildError, match="cannot be kept or loaded"):
             load_library(tmp_path)
         with caplog.at_level(logging.WARNING):
-            assert choose_ops(torch.device("cpu"), tmp_path).name == "torch"
+            assert cpu_ops(tmp_path).name == "torch"
         assert "slower: the compiled ops cannot be kept or loaded" in caplog.text

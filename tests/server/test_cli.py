@@ -13,6 +13,7 @@ COMMANDS = (
     "",
     "serve",
     "demo",
+    "check",
     "generate",
     "chat",
     "adapters",
@@ -34,7 +35,7 @@ def test_every_command_is_on_the_first_page(capsys: pytest.CaptureFixture[str]) 
     with pytest.raises(SystemExit):
         main(["--help"])
     out, _ = capsys.readouterr()
-    for command in ("serve", "demo", "generate", "chat", "adapters"):
+    for command in ("serve", "demo", "check", "generate", "chat", "adapters"):
         assert f"\n    {command} " in out
 
 
@@ -53,7 +54,7 @@ def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
         ("serve --frobnicate", "unrecognized arguments: --frobnicate"),
         ("serve extra", "unrecognized arguments: extra"),
         ("serve --device tpu", "invalid choice: 'tpu'"),
-        ("serve --dtype float16", "invalid choice: 'float16'"),
+        ("serve --dtype int8", "invalid choice: 'int8'"),
         ("serve --listen 50051", "'50051' is not HOST:PORT"),
         ("serve --listen 127.0.0.1:70000", "'127.0.0.1:70000' is not HOST:PORT"),
         ("serve --metrics on", "'on' is not HOST:PORT"),
@@ -64,6 +65,8 @@ def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
         ("serve --threads -2", "'-2' is not a positive number"),
         ("serve --drain soon", "invalid float value: 'soon'"),
         ("serve --log-level loud", "invalid choice: 'loud'"),
+        ("check --device tpu", "invalid choice: 'tpu'"),
+        ("check --max-rank 0", "'0' is not a positive number"),
         ("demo --max-tokens 0", "'0' is not a positive number"),
     ],
 )

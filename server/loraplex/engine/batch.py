@@ -1,4 +1,4 @@
-"""One step as tensors: what the decoder and the sampler read."""
+"""One step as tensors: what the decoder reads."""
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
@@ -10,7 +10,6 @@ from loraplex_kernels.tables import AdapterTables
 from torch import Tensor
 
 from loraplex.engine.scheduler import Scheduled
-from loraplex.engine.sequence import Sequence
 from loraplex.model.decoder import DecoderInput
 
 
@@ -25,41 +24,31 @@ class DeviceMemory:
     with_tiles: bool = False  # whether the ops ask for them
 
 
-@dataclass(frozen=True, slots=True)
-class Batch:
+def build_input(rows: Seq[Scheduled], memory: DeviceMemory) -> DecoderInput:
     """The rows of one step, flattened: decode rows first, each sequence's rows together."""
-
-    decoder_input: DecoderInput
-    sampling: tuple[Sequence, ...]  # parallel to the decoder's logits
-
-    @classmethod
-    def build(cls, rows: Seq[Scheduled], memory: DeviceMemory) -> "Batch":
-        device = memory.arena.device
-        token_ids: list[int] = []
-        positions: list[int] = []
-        slots: list[int] = []
-        last_rows: list[int] = []
-        starts = [0]
-        for row in rows:
-            end = row.start + row.num_tokens
-            token_ids += row.sequence.token_ids(row.start, end)
-            positions += range(row.start, end)
-            slot = row.sequence.slot
-            slots += [NO_ADAPTER if slot is None else slot] * row.num_tokens
-            starts.append(starts[-1] + row.num_tokens)
-            if row.samples:
-                last_rows.append(starts[-1] - 1)
-        return cls(
-            DecoderInput(
-                token_ids=torch.tensor(token_ids, device=device),
-                positions=torch.tensor(positions, device=device),
-                slot_mapping=_slot_mapping(rows, memory.block_tokens).to(device),
-                logits_rows=torch.tensor(last_rows, dtype=torch.int64, device=device),
-                attention=_attention(rows, starts, memory),
-                lora=_lora(slots, memory),
-            ),
-            tuple(row.sequence for row in rows if row.samples),
-        )
+    device = memory.arena.device
+    token_ids: list[int] = []
+    positions: list[int] = []
+    slots: list[int] = []
+    last_rows: list[int] = []
+    starts = [0]
+    for row in rows:
+        end = row.start + row.num_tokens
+        token_ids += row.sequence.token_ids(row.start, end)
+        positions += range(row.start, end)
+        slot = row.sequence.slot
+        slots += [NO_ADAPTER if slot is None else slot] * row.num_tokens
+        starts.append(starts[-1] + row.num_tokens)
+        if row.samples:
+            last_rows.append(starts[-1] - 1)
+    return DecoderInput(
+        token_ids=torch.tensor(token_ids, device=device),
+        positions=torch.tensor(positions, device=device),
+        slot_mapping=_slot_mapping(rows, memory.block_tokens).to(device),
+        logits_rows=torch.tensor(last_rows, dtype=torch.int64, device=device),
+        attention=_attention(rows, starts, memory),
+        lora=_lora(slots, memory),
+    )
 
 
 def _block_tables(rows: Seq[Scheduled]) -> Tensor:

@@ -6,13 +6,17 @@ from dataclasses import dataclass
 import torch
 from loraplex_kernels.ops import Ops
 from loraplex_kernels.tables import GRANULE_RANK, AdapterTables
+from torch import Tensor
 
 from loraplex.adapters.packing import PackedAdapter
-from loraplex.engine.batch import Batch, DeviceMemory
+from loraplex.engine.batch import DeviceMemory, build_input
+from loraplex.engine.graphs import DecodeGraphs, capture_on_cuda
 from loraplex.engine.sampler import sample
 from loraplex.engine.scheduler import Sampled, Scheduled
+from loraplex.engine.transfer import copier_for
 from loraplex.model.config import MODULES, ModelConfig
-from loraplex.model.decoder import Activations, Decoder
+from loraplex.model.decoder import Activations, Decoder, DecoderInput
+from loraplex.model.loader import Progress
 
 BLOCK_QUANTUM = 16
 """A block holds a multiple of so many tokens' KV."""
@@ -52,7 +56,10 @@ class RunnerConfig:
 
 
 class ModelRunner:
-    """Owns the arena's bytes and the tables; runs on the engine thread but for `copy_adapter`."""
+    """Owns the arena's bytes and the tables; runs on the engine thread but for `copy_adapter`.
+
+    Mutable: the contents of all this memory, and `_graphs`, set once before the first step.
+    """
 
     def __init__(self, decoder: Decoder, ops: Ops, config: RunnerConfig) -> None:
         model, dtype = decoder.config, decoder.dtype
@@ -62,6 +69,7 @@ class ModelRunner:
         # Not zeroed: nothing is read before it was written, and pages come as they are touched.
         arena = torch.empty(config.num_blocks * block.size, dtype=torch.uint8, device=config.device)
         self._blocks = arena.view(config.num_blocks, block.size)
+        self._copier = copier_for(config.device, block.size)
         self._kv_cache = arena.view(dtype).view(
             config.num_blocks, model.num_layers, 2, model.num_kv_heads, block.tokens, model.head_dim
         )
@@ -69,23 +77,33 @@ class ModelRunner:
             config.max_slots, model.num_layers, len(MODULES), config.max_rank, config.device
         )
         self._memory = DeviceMemory(arena, dtype, tables, block.tokens, ops.uses_tiles)
+        self._max_running = min(config.max_running, config.max_rows)
+        self._graphs: DecodeGraphs | None = None
         self._activations = Activations.allocate(
             model, dtype, config.device, config.max_rows, config.max_running
+        )
+
+    def capture_graphs(self, progress: Progress) -> None:
+        """On CUDA, before the first step: from then on steps of decode rows are replayed."""
+        max_blocks = -(-self._decoder.config.context_length // self._memory.block_tokens)
+        self._graphs = capture_on_cuda(
+            self._forward, self._memory, self._max_running, max_blocks, progress
         )
 
     def run(self, rows: Seq[Scheduled]) -> list[Sampled]:
         """One forward pass over all rows; what was drawn for those that sample, in order."""
         with torch.inference_mode():
-            batch = Batch.build(rows, self._memory)
-            logits = self._decoder.forward(
-                batch.decoder_input, self._kv_cache, self._ops, self._activations
-            )
-            return sample(logits, batch.sampling)
+            logits = None if self._graphs is None else self._graphs.run(rows)
+            if logits is None:
+                logits = self._forward(build_input(rows, self._memory))
+            return sample(logits, [row.sequence for row in rows if row.samples])
+
+    def _forward(self, step: DecoderInput) -> Tensor:
+        return self._decoder.forward(step, self._kv_cache, self._ops, self._activations)
 
     def copy_adapter(self, packed: PackedAdapter, blocks: Seq[int]) -> None:
         """Weights into blocks that no step reads yet; may run on any thread."""
-        for source, block in zip(packed.data, blocks, strict=True):
-            self._blocks[block].copy_(source)
+        self._copier.copy(packed.data, (self._blocks[block] for block in blocks))
 
     def bind_slot(self, slot: int, packed: PackedAdapter, blocks: Seq[int]) -> None:
         """From the next step on, `slot` is this adapter."""

@@ -1,7 +1,9 @@
 """A step's rows as tensors: which token, where it stands, where its KV goes, who it may see."""
 
+from dataclasses import replace
+
 import torch
-from loraplex.engine.batch import Batch, DeviceMemory
+from loraplex.engine.batch import DeviceMemory, build_input
 from loraplex.engine.scheduler import Scheduled
 from loraplex.engine.sequence import SamplingParams, Sequence, StopParams
 from loraplex_kernels.segments import Segment
@@ -41,13 +43,11 @@ ROWS = (
 
 def test_a_mixed_step() -> None:
     shared = memory()
-    batch = Batch.build(ROWS, shared)
-    step = batch.decoder_input
+    step = build_input(ROWS, shared)
     assert step.token_ids.tolist() == [14, 20, 34, 43, 44, 45, 46, 50, 51, 52, 53, 54]
     assert step.positions.tolist() == [4, 0, 4, 3, 4, 5, 6, 0, 1, 2, 3, 4]
     assert step.slot_mapping.tolist() == [8, 36, 4, 15, 0, 1, 2, 32, 33, 34, 35, 24]
     assert step.logits_rows.tolist() == [0, 1, 2, 11]  # not the chunk's
-    assert batch.sampling == tuple(ROWS[index].sequence for index in (0, 1, 2, 4))
 
     where = step.attention
     assert where.num_decode == 3
@@ -65,10 +65,30 @@ def test_a_mixed_step() -> None:
     assert lora.tables is shared.tables
 
 
+def test_tiles_for_ops_that_ask_for_them() -> None:
+    shared = replace(memory(), with_tiles=True)
+    step = build_input(
+        (*ROWS, row(list(range(90)), [], list(range(10, 33)), 20, 65, slot=2)), shared
+    )
+    where, tiles = step.attention, step.lora.tiles
+    assert where.query_start_table is not None
+    assert where.query_start_table.tolist() == [0, 1, 2, 3, 7, 12, 77]
+    assert where.query_tiles is not None
+    assert where.query_tiles.tolist() == [
+        [3, 0],
+        [4, 0],
+        *([5, first] for first in range(0, 65, 16)),
+    ]
+    assert tiles is not None
+    assert tiles.short.tolist() == [[1, 1, 7], [3, 7, 12]]
+    assert tiles.starts.tolist() == [0, 2, 2, 2, 2, 2]
+    assert tiles.long.tolist() == [[2, 12, 76], [2, 76, 77]]
+    assert build_input(ROWS, memory()).lora.tiles is None
+
+
 def test_a_step_without_adapters_or_samples() -> None:
-    batch = Batch.build((row(list(range(9)), [], [1, 2, 3], 4, 3),), memory())
-    assert batch.sampling == ()
-    assert batch.decoder_input.logits_rows.shape == (0,)
-    assert batch.decoder_input.logits_rows.dtype == torch.int64
-    assert batch.decoder_input.lora.segments == ()
-    assert batch.decoder_input.lora.segment_table.shape == (0, 3)
+    step = build_input((row(list(range(9)), [], [1, 2, 3], 4, 3),), memory())
+    assert step.logits_rows.shape == (0,)
+    assert step.logits_rows.dtype == torch.int64
+    assert step.lora.segments == ()
+    assert step.lora.segment_table.shape == (0, 3)

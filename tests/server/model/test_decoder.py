@@ -11,7 +11,7 @@ from loraplex.model.decoder import Activations, Decoder, DecoderInput
 from loraplex.model.linear import WeightForm
 from loraplex.model.loader import LoadOptions, load_decoder
 from loraplex_kernels.bitsandbytes import functional as bnb
-from loraplex_kernels.dispatch import choose_ops
+from loraplex_kernels.dispatch import cpu_ops
 from loraplex_kernels.ops import AttentionInput, LoraInput, Ops
 from loraplex_kernels.reference import TorchOps
 from loraplex_kernels.tables import AdapterTables
@@ -161,7 +161,7 @@ class PagedDecoder:
 def ops(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Ops:
     if request.param == "torch":
         return TorchOps()
-    return choose_ops(CPU, tmp_path_factory.getbasetemp() / "native")
+    return cpu_ops(tmp_path_factory.getbasetemp() / "native")
 
 
 def random_tokens(count: int, seed: int = 0) -> list[int]:

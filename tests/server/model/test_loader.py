@@ -78,11 +78,12 @@ def layers_of(decoder: Decoder) -> list[DecoderLayer]:
 def parts(linear: Linear, modules: tuple[str, ...]) -> dict[str, tuple[Tensor, Tensor]]:
     """Each stacked module's codes and absmax."""
     found = {}
+    weight = linear.weight.nf4
     for module, projection in zip(modules, linear.projections, strict=True):
-        rows = slice(projection.column, projection.column + projection.width)
-        blocks = slice(*(row * linear.weight.nf4.in_features // 64 for row in (rows.start, rows.stop)))
+        end = projection.column + projection.width
+        blocks = slice(*(row * weight.in_features // 64 for row in (projection.column, end)))
         assert MODULES[projection.module] == module
-        found[module] = (linear.weight.nf4.codes[rows], linear.weight.nf4.absmax[blocks])
+        found[module] = (weight.codes[projection.column : end], weight.absmax[blocks])
     return found
 
 

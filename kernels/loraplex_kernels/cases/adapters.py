@@ -1,0 +1,111 @@
+"""Adapters of one stacked linear, in an arena that is NaN between them."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from loraplex_kernels.cases.memory import Memory
+from loraplex_kernels.cases.shapes import NUM_MODULES, LinearShape
+from loraplex_kernels.ops import LoraInput, LoraTiles, Projection
+from loraplex_kernels.segments import NO_ADAPTER, pad_tiles, segments_of, tiles_of
+from loraplex_kernels.tables import GRANULE_RANK, AdapterTables, Granule, view
+
+NUM_LAYERS, LAYER = 2, 1
+"""The adapters touch the second of two layers."""
+
+GAP = 256
+"""Bytes of NaN between two pieces of the arena."""
+
+Ranks = Sequence[Sequence[int]]
+"""Each slot's rank at each projection; 0: the adapter does not touch it."""
+
+
+class Adapters:
+    """A bank of adapters, and what they add to a batch."""
+
+    def __init__(self, memory: Memory, linear: LinearShape, ranks: Ranks, max_rank: int) -> None:
+        self._memory = memory
+        self._linear = linear
+        self._ranks = ranks
+        size = (linear.in_features + max(p.width for p in linear.projections)) * GRANULE_RANK
+        self._piece = -(-size * memory.dtype.itemsize // GAP) * GAP + GAP  # one granule's A and B
+        granules = sum(-(-rank // GRANULE_RANK) for own in ranks for rank in own)
+        self._arena = memory.poisoned(
+            max(granules, 1) * self._piece, dtype=torch.uint8, in_arena=True
+        )
+        self._tables = AdapterTables(len(ranks), NUM_LAYERS, NUM_MODULES, max_rank, memory.device)
+        places = iter(memory.shuffled(granules))
+        for slot, own in enumerate(ranks):
+            self._tables.write(
+                slot,
+                [
+                    self._granule(slot, projection, part, rank, next(places) * self._piece)
+                    for projection, rank in zip(linear.projections, own, strict=True)
+                    for part in range(-(-rank // GRANULE_RANK))
+                ],
+            )
+
+    def _granule(
+        self, slot: int, projection: Projection, part: int, rank: int, offset: int
+    ) -> Granule:
+        """Place one granule; its ranks beyond `rank` are zero."""
+        in_features, dtype = self._linear.in_features, self._memory.dtype
+        b_offset = offset + -(-in_features * GRANULE_RANK * dtype.itemsize // GAP) * GAP
+        if self._memory.fill:
+            real = min(rank - part * GRANULE_RANK, GRANULE_RANK)
+            for at, width, std in (
+                (offset, in_features, in_features**-0.5),
+                (b_offset, projection.width, rank**-0.5),
+            ):
+                target = view(self._arena, at, GRANULE_RANK, width, dtype)
+                target.zero_()
+                target[:real] = self._memory.normal(real, width, std=std)
+        scale = 0.5 + slot % 8 / 8
+        return Granule(LAYER, projection.module, part, offset, b_offset, scale)
+
+    def lora_input(self, slots: Sequence[int]) -> LoraInput:
+        """The tile lists are longer than needed, as in a step that was captured."""
+        segments = segments_of(slots)
+        tiles = tiles_of(segments, len(slots))
+        table = self._memory.table
+        if tiles.long:
+            short = pad_tiles(tiles.short, len(tiles.short) + 1)
+            long = pad_tiles(tiles.long, len(tiles.long) + 1)
+        else:
+            short, long = pad_tiles(tiles.short, len(slots)), []
+        return LoraInput(
+            arena=self._arena,
+            dtype=self._memory.dtype,
+            tables=self._tables,
+            has_adapters=bool(segments),
+            segments=segments,
+            segment_table=table(segments).view(-1, 3),
+            tiles=LoraTiles(
+                short=table(short).view(-1, 3),
+                starts=table(tiles.starts),
+                long=table(long).view(-1, 3),
+            ),
+        )
+
+    def update(self, x: Tensor, slots: Sequence[int]) -> Tensor:
+        """fp32 [rows, out]: sum of `scale * B (A x)` of each row's adapter."""
+        dtype, in_features = self._memory.dtype, self._linear.in_features
+        result = torch.zeros(x.shape[0], self._linear.out_features, device=x.device)
+        for slot, lo, hi in segments_of(slots):
+            for module, column, width in self._linear.projections:
+                for a, b, scale in self._tables.granules(slot, LAYER, module):
+                    a_weight = view(self._arena, a, GRANULE_RANK, in_features, dtype).float()
+                    b_weight = view(self._arena, b, GRANULE_RANK, width, dtype).float()
+                    v = x[lo:hi].float() @ a_weight.T
+                    result[lo:hi, column : column + width] += scale * (v @ b_weight)
+        return result
+
+
+def adapter_bytes(linear: LinearShape, ranks: Ranks, slots: Sequence[int], itemsize: int) -> int:
+    """Weights of the adapters that rows name, at their real ranks, each once."""
+    return itemsize * sum(
+        rank * (linear.in_features + projection.width)
+        for slot in {*slots} - {NO_ADAPTER}
+        for projection, rank in zip(linear.projections, ranks[slot], strict=True)
+    )

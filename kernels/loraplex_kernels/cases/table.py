@@ -1,0 +1,195 @@
+"""The list of cases, and the bytes that each must move."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from loraplex_kernels.cases.adapters import Ranks, adapter_bytes
+from loraplex_kernels.cases.attention import PreparedAttention
+from loraplex_kernels.cases.elementwise import PreparedNorm, PreparedRotary, PreparedSilu
+from loraplex_kernels.cases.linear import PreparedLinear, PreparedLora
+from loraplex_kernels.cases.memory import Memory
+from loraplex_kernels.cases.prepared import Case
+from loraplex_kernels.cases.shapes import SERVING, LinearShape, ModelShapes, Scale
+from loraplex_kernels.nf4 import BLOCK_SIZE
+from loraplex_kernels.segments import LONG_TILE_ROWS, NO_ADAPTER
+
+NUM_SLOTS = 8
+
+
+def cases(
+    shapes: ModelShapes,
+    device: torch.device,
+    dtype: torch.dtype,
+    max_rank: int = 64,
+    scale: Scale = SERVING,
+    fill: bool = True,
+) -> Iterator[Case]:
+    """Every op of `gpu.ops.KERNELS` over a model's shapes, as decode and as prefill meet it."""
+    make = CaseMaker(shapes, device, dtype, max_rank, fill)
+    decode, prefill = scale.decode_rows[-1], scale.prefill_rows
+    linears = [linear for linear in shapes.linears if linear.name in scale.linears]
+    yield make.add_rms_norm(decode)
+    yield make.add_rms_norm(1, has_delta=False)
+    yield make.add_rms_norm(prefill)
+    yield make.rotary_and_cache(decode)
+    yield make.rotary_and_cache(prefill)
+    yield from _attention_cases(make, scale)
+    yield make.silu_mul(decode)
+    yield make.silu_mul(prefill)
+    for linear in linears:
+        for slots in (mixed_slots(decode), prefill_slots(prefill)):
+            yield make.lora(linear, mixed_ranks(linear, max_rank), slots)
+    for linear in linears:
+        for rows in scale.decode_rows:
+            for slots in ([NO_ADAPTER] * rows, mixed_slots(rows)):
+                yield make.nf4_linear(linear, mixed_ranks(linear, max_rank), slots)
+        yield make.nf4_linear(linear, mixed_ranks(linear, max_rank), [NO_ADAPTER] * prefill)
+
+
+def _attention_cases(make: "CaseMaker", scale: Scale) -> Iterator[Case]:
+    context, prefill = scale.context, scale.prefill_rows
+    for rows in scale.decode_rows:
+        yield make.attention(f"decode at {context}", [(context, 1)] * rows)
+    odd = [(min(n, context), 1) for n in (1, 2, 15, 16, 17, 33, context - 1, context)]
+    yield make.attention("decode, padded", [*odd, (0, 1)])
+    yield make.attention("prefill", [(prefill, prefill)])
+    part = prefill // 2
+    chunks = [(part + 7, part), (part, 9), (5, 5)]
+    yield make.attention("decode and chunks", [*odd, *chunks])
+    yield make.attention("in a window", [*odd, *chunks], window=max(context // 4, 5))
+
+
+class CaseMaker:
+    """Cases of one model on one device, by op."""
+
+    def __init__(
+        self,
+        shapes: ModelShapes,
+        device: torch.device,
+        dtype: torch.dtype,
+        max_rank: int,
+        fill: bool = True,
+    ) -> None:
+        self.shapes = shapes
+        self._device = device
+        self._dtype = dtype
+        self.max_rank = max_rank
+        self._fill = fill
+
+    def _memory(self) -> Memory:
+        return Memory(self._device, self._dtype, self._fill)
+
+    def add_rms_norm(self, rows: int, has_delta: bool = True) -> Case:
+        hidden = self.shapes.hidden_size
+        residual = (8 if has_delta else 4) * rows * hidden
+        moved = residual + (1 + has_delta) * rows * hidden * self._dtype.itemsize + 4 * hidden
+        return Case(
+            "add_rms_norm",
+            "with delta" if has_delta else "first",
+            rows,
+            moved,
+            lambda: PreparedNorm(self._memory(), hidden, rows, has_delta),
+        )
+
+    def rotary_and_cache(self, rows: int) -> Case:
+        shapes = self.shapes
+        q, kv = shapes.num_heads * shapes.head_dim, shapes.num_kv_heads * shapes.head_dim
+        elements = 2 * (q + kv) + kv + 2 * kv  # q, k turned in place; v read; k, v written
+        moved = rows * (elements * self._dtype.itemsize + 4 * shapes.head_dim + 8)
+        return Case(
+            "rotary_and_cache",
+            "rows",
+            rows,
+            moved,
+            lambda: PreparedRotary(self._memory(), shapes, rows),
+        )
+
+    def attention(
+        self, name: str, sequences: Sequence[tuple[int, int]], window: int | None = None
+    ) -> Case:
+        """`sequences` are (context, queries), those of one query first; context 0 is padding."""
+        shapes = self.shapes
+        rows = sum(queries for _, queries in sequences)
+        keys = sum(
+            min(context, window + queries - 1) if window else context
+            for context, queries in sequences
+        )
+        elements = 2 * rows * shapes.num_heads + 2 * keys * shapes.num_kv_heads
+        return Case(
+            "attention",
+            name,
+            rows,
+            elements * shapes.head_dim * self._dtype.itemsize,
+            lambda: PreparedAttention(self._memory(), shapes, sequences, window),
+        )
+
+    def silu_mul(self, rows: int) -> Case:
+        inter = self.shapes.intermediate_size
+        return Case(
+            "silu_mul",
+            "rows",
+            rows,
+            3 * rows * inter * self._dtype.itemsize,
+            lambda: PreparedSilu(self._memory(), inter, rows),
+        )
+
+    def lora(self, linear: LinearShape, ranks: Ranks, slots: Sequence[int]) -> Case:
+        """`ranks[slot][projection]`, and each row's slot."""
+        itemsize = self._dtype.itemsize
+        moved = adapter_bytes(linear, ranks, slots, itemsize)
+        for slot in slots:
+            if slot != NO_ADAPTER and any(ranks[slot]):
+                widths = zip(linear.projections, ranks[slot], strict=True)
+                written = sum(projection.width for projection, rank in widths if rank)
+                moved += (linear.in_features + 2 * written) * itemsize
+        return Case(
+            "lora",
+            f"{linear.name}, {_adapters(slots)}",
+            len(slots),
+            moved,
+            lambda: PreparedLora(self._memory(), linear, ranks, self.max_rank, slots),
+        )
+
+    def nf4_linear(self, linear: LinearShape, ranks: Ranks, slots: Sequence[int]) -> Case:
+        itemsize = self._dtype.itemsize
+        weights = linear.in_features * linear.out_features
+        moved = weights // 2 + 4 * weights // BLOCK_SIZE
+        moved += len(slots) * (linear.in_features + linear.out_features) * itemsize
+        moved += adapter_bytes(linear, ranks, slots, itemsize)
+        return Case(
+            "nf4_linear",
+            f"{linear.name}, {_adapters(slots)}",
+            len(slots),
+            moved,
+            lambda: PreparedLinear(self._memory(), linear, ranks, self.max_rank, slots),
+        )
+
+
+def mixed_slots(rows: int) -> list[int]:
+    """Each row's slot, ascending: the base's rows first, then ever rarer adapters."""
+    return [int(NUM_SLOTS * ((row + 1) / rows) ** 1.5) - 1 for row in range(rows)]
+
+
+def prefill_slots(rows: int) -> list[int]:
+    """A short segment, and long ones that begin anywhere."""
+    slots = [NO_ADAPTER] * (rows // 16) + [0] * (rows // 24)
+    rest = rows - len(slots)
+    half = rest // 2 if rest > 2 * LONG_TILE_ROWS + 1 else 0
+    return [*slots, *[2] * half, *[4] * (rest - half)]
+
+
+def mixed_ranks(linear: LinearShape, max_rank: int) -> list[list[int]]:
+    """Ranks from 1 to the largest; slots 3 and 5 leave out a module."""
+    ranks = [
+        [min(rank, max_rank)] * len(linear.projections)
+        for rank in (16, 8, max_rank, 16, 33, 16, 1, max_rank)
+    ]
+    ranks[3][0] = 0
+    ranks[5][-1] = 0
+    return ranks
+
+
+def _adapters(slots: Sequence[int]) -> str:
+    count = len({*slots} - {NO_ADAPTER})
+    return f"{count} adapter" if count == 1 else f"{count} adapters"
