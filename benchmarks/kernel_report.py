@@ -4,7 +4,6 @@ python benchmarks/kernel_report.py --help
 """
 
 import argparse
-import hashlib
 import json
 import os
 import shlex
@@ -20,22 +19,16 @@ from pathlib import Path
 from typing import Any
 
 from compiling import NVIDIA_TOOLS
-from environment import ROOT, cores
+from environment import cores
 from gates import TARGETS, Row, gate
 from kernel_table import markdown
 from loraplex_kernels.gpu.ops import KERNELS
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from sources import source_hash
 
 BENCHMARKS = Path(__file__).resolve().parent
 REPORT = BENCHMARKS / "results" / "kernels"
-PACKAGE = ROOT / "kernels" / "loraplex_kernels"
-
-SOURCES = ("ops.py", "segments.py", "tables.py", "cases/*.py", "gpu/*.py", "gpu/configs/*.json")
-NOT_COMPILED = ("interpreter", "measured", "paths", "target", "trusted")
-NO_KERNEL = {PACKAGE / "gpu" / f"{name}.py" for name in NOT_COMPILED}
-TOOLS = tuple(BENCHMARKS / f"{name}.py" for name in ("compiling", "disassembly", "model_shapes"))
-
 DESCRIPTION = """\
 Compile every Triton kernel, in every configuration that ships, for GPUs that this machine need not
 have, and refuse those that spill, do without tensor cores or 128-bit accesses, or draw a remark
@@ -136,16 +129,6 @@ def _child_environment(cache: Path) -> dict[str, str]:
         "TRITON_DUMP_PTXAS_LOG": "1",
         "OMP_NUM_THREADS": "1",
     }
-
-
-def source_hash() -> str:
-    """sha256 over all that decides what is compiled and counted, configurations among it."""
-    kernels = {path for pattern in SOURCES for path in PACKAGE.glob(pattern)} - NO_KERNEL
-    digest = hashlib.sha256()
-    for path in sorted({*kernels, *TOOLS}):
-        digest.update(f"{path.relative_to(ROOT).as_posix()}\0".encode())
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
 
 
 def read(path: Path) -> tuple[dict[str, str], list[Row]]:

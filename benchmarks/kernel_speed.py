@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from environment import environment
 from kernel_lines import OURS, PATHS, TORCH, Line, Wanted, lines, timed
-from kernel_report import REPORT, read, source_hash
+from kernel_report import REPORT, read
 from kernel_table import largest
 from kernel_times import as_json, conditions, floors, times
 from loraplex_kernels.gpu.ops import KERNELS, TritonOps
@@ -26,6 +26,7 @@ from loraplex_kernels.timing import CudaTimer, copy_bytes_per_second
 from model_shapes import MODELS
 from popularity import POPULARITIES
 from rich.progress import track
+from sources import source_hash
 
 RESULTS = Path(__file__).resolve().parent / "results"
 

@@ -57,6 +57,7 @@ def test_a_good_row_passes_on_every_nvidia_target() -> None:
         (replace(GOOD, atomics=1), "1 atomic instructions"),
         (replace(GOOD, target="gfx942"), "1 pieces of inline PTX"),
         (replace(GOOD, sass_a_weight=8.6), "8.6 SASS a weight, 8.5 at most"),
+        (replace(GOOD, sass_a_weight=None), "the loop that decodes NF4 was not found"),
         (replace(GOOD, diagnostics=("warning: x",)), "a compiler says: warning: x"),
     ],
 )

@@ -6,9 +6,10 @@ from itertools import product
 import kernel_report
 import pytest
 from gates import TARGETS, Row, gate
-from kernel_report import REPORT, source_hash
+from kernel_report import REPORT
 from loraplex_kernels.gpu.launch import configs
 from loraplex_kernels.gpu.ops import KERNELS
+from sources import source_hash
 
 FUNCTIONS = {
     "attention.attention",
