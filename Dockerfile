@@ -19,7 +19,7 @@ RUN if [ "$TORCH" = cuda ]; then grep -vE '^(torch|triton)==' constraints.txt > 
 RUN XDG_CACHE_HOME=/opt/cache python -c "from loraplex.model.default import ensure_default_model; ensure_default_model()"
 
 FROM python:3.11-slim
-# The CPU ops are compiled for the very processor at the first start.
+# The CPU ops, and what launches the GPU's, are compiled for the very machine at the first start.
 RUN apt-get update \
  && apt-get install -y --no-install-recommends g++ \
  && rm -rf /var/lib/apt/lists/* \

@@ -122,7 +122,7 @@ def _same_shapes(models: Sequence[ModelShapes]) -> dict[str, ModelShapes]:
     """By the names of all that differ in nothing else: `Llama-3-8B, Mistral-7B`."""
     groups: dict[ModelShapes, list[str]] = {}
     for shapes in models:
-        groups.setdefault(replace(shapes, name="", num_layers=0), []).append(shapes.name)
+        groups.setdefault(replace(shapes, name="", num_layers=1), []).append(shapes.name)
     return {", ".join(names): shapes for shapes, names in groups.items()}
 
 

@@ -31,10 +31,17 @@ ALLOWED: dict[str, frozenset[str] | set[str]] = {
     "loraplex.serve": ANYTHING,
     "loraplex.startup": ANYTHING,
     "loraplex.device": LEAVES,
+    "loraplex.shapes": {
+        *LEAVES,
+        "loraplex.engine.model_runner",
+        "loraplex.model",
+        "loraplex_kernels",
+    },
     "loraplex.check": {
         *LEAVES,
         "loraplex.check_report",
         "loraplex.device",
+        "loraplex.shapes",
         "loraplex.model",
         "loraplex.progress",
         "loraplex_kernels",

@@ -25,7 +25,7 @@ class Outcome:
     num_rows: int
     error: float | None  # max |error| / max |expected|; None where there was no finite result
     failure: str | None
-    is_lasting: bool  # False: memory was short, and it may pass another time
+    is_lasting: bool  # False: memory or time was short, and it may pass another time
     seconds: float | None  # None: not timed
     bytes_moved: int
 
@@ -62,10 +62,10 @@ def _outcome(case: Case, ops: Ops, limit: float, timer: Timer | None) -> Outcome
         seconds = None
         if timer is not None and failure is None:
             seconds = timer(lambda: prepared.call(ops))
-    except torch.OutOfMemoryError:
-        return failed_outcome(case, "not enough free memory on the device", is_lasting=False)
     except Exception as raised:  # whatever a compiler or a driver comes up with
-        return failed_outcome(case, _brief(raised))
+        if is_want_of_memory(raised):
+            return failed_outcome(case, "not enough free memory on the device", is_lasting=False)
+        return failed_outcome(case, brief(raised))
     return Outcome(
         kernel=case.kernel,
         case=case.name,
@@ -98,7 +98,12 @@ def relative_error(result: Tensor, expected: Tensor) -> float:
     return float((result - expected).abs().max() / expected.abs().max())
 
 
-def _brief(raised: Exception) -> str:
+def is_want_of_memory(raised: Exception) -> bool:
+    """Torch has a class for it; Triton's `Error [CUDA]: out of memory` is a bare RuntimeError."""
+    return isinstance(raised, RuntimeError) and "out of memory" in str(raised).lower()
+
+
+def brief(raised: Exception) -> str:
     """`OutOfResources: out of resource: shared memory`: the first line, cut short."""
     lines = [line.strip() for line in str(raised).splitlines() if line.strip()]
     return f"{type(raised).__name__}: {lines[0]}"[:160] if lines else type(raised).__name__

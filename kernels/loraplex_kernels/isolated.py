@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple, assert_never
 
 import torch
 
@@ -33,11 +33,14 @@ Progress = Callable[[int, int], None]
 """Called with (cases done, cases in all)."""
 
 
+OpsName = Literal["torch", "native", "triton", "interpreter"]
+
+
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What to check: `ops` is "torch", "native", "triton" or "interpreter"."""
+    """What to check."""
 
-    ops: str
+    ops: OpsName
     device: str
     dtype: torch.dtype
     shapes: ModelShapes
@@ -64,7 +67,9 @@ class Task:
                 return NativeOps(load_library(self.cache))
             case "interpreter":
                 return interpreted_ops()
-        return _every_kernel(device)
+            case "triton":
+                return _every_kernel(device)
+        assert_never(self.ops)
 
 
 def _every_kernel(device: torch.device) -> Ops:
@@ -81,11 +86,31 @@ class IsolationError(Exception):
 
 Child = Callable[[Connection, Task, list[int]], None]
 
+LOST = "lost"
+"""A child's last word after an outcome: that case left the device beyond use."""
 
-def check_in_child(results: Connection, task: Task, indices: list[int]) -> None:
-    """Send None, then the outcomes of these cases; leaves early when the device is lost.
 
-    A string instead says why it cannot begin.
+def is_lost(device: str) -> bool:
+    """Whether the CUDA context is beyond use."""
+    if torch.device(device).type != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
+
+
+def check_in_child(
+    results: Connection,
+    task: Task,
+    indices: list[int],
+    is_lost: Callable[[str], bool] = is_lost,
+) -> None:
+    """Send None, then the outcomes of these cases, and LOST where one loses the device.
+
+    A string instead of the None says why it cannot begin. Whether the device is lost is found out
+    before an outcome is sent: should that hang or end the process, it counts for the same case.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     _silence()
@@ -98,9 +123,11 @@ def check_in_child(results: Connection, task: Task, indices: list[int]) -> None:
         return
     results.send(None)
     for outcome in outcomes:
+        lost = outcome.failure is not None and is_lost(task.device)
         results.send(outcome)
-        if outcome.failure is not None and _is_lost(task.device):
-            return
+        if lost:
+            results.send(LOST)
+            os._exit(0)  # to tear a lost context down may hang or abort
 
 
 def _silence() -> None:
@@ -108,17 +135,6 @@ def _silence() -> None:
     null = os.open(os.devnull, os.O_WRONLY)
     for descriptor in (1, 2):
         os.dup2(null, descriptor)
-
-
-def _is_lost(device: str) -> bool:
-    """Whether the CUDA context is beyond use."""
-    if torch.device(device).type != "cuda":
-        return False
-    try:
-        torch.cuda.synchronize()
-    except RuntimeError:
-        return True
-    return False
 
 
 def run_isolated(
@@ -136,13 +152,17 @@ def run_isolated(
     left = list(range(len(wanted)))
     while left:
         culprit = wanted[left[0]].kernel
+        ended: _Ending | None = None
         with _started(child, task, left) as (process, results):
             for outcome in _received(results, seconds_a_case):
+                if outcome is None:
+                    break
                 culprit = outcome.kernel
                 del left[0]
                 yield outcome
                 progress(len(wanted) - len(left), len(wanted))
-            ended = _how_it_ended(process)
+            else:
+                ended = _how_it_ended(process)
         if left and ended is not None:
             culprit = wanted[left[0]].kernel
             yield failed_outcome(wanted[left[0]], ended.words, ended.is_lasting)
@@ -195,20 +215,20 @@ def _interpreting(is_wanted: bool) -> Iterator[None]:
             os.environ["TRITON_INTERPRET"] = before
 
 
-def _received(results: Connection, seconds_a_case: float) -> Iterator[Outcome]:
-    """Until the child ends, or is silent for too long."""
+def _received(results: Connection, seconds_a_case: float) -> Iterator[Outcome | None]:
+    """Until the child ends, or is silent for too long; None: its last outcome lost the device."""
     is_ready = False
     while results.poll(seconds_a_case):
         try:
             message = results.recv()
         except EOFError:
             break
-        if isinstance(message, str):
-            raise IsolationError(message)
         if message is None:
             is_ready = True
+        elif is_ready:
+            yield None if message == LOST else message
         else:
-            yield message
+            raise IsolationError(message)
     if not is_ready:
         raise IsolationError("its process ended before the first case")
 
@@ -218,13 +238,13 @@ class _Ending(NamedTuple):
     is_lasting: bool
 
 
-def _how_it_ended(process: SpawnProcess) -> _Ending | None:
-    """None: by its own will. Killed: by a system short of memory, which is no kernel's fault."""
+def _how_it_ended(process: SpawnProcess) -> _Ending:
+    """Killed: by a system short of memory. A kernel may be slow where others use the device too."""
     process.join(timeout=1)
     code = process.exitcode
     if code is None:
-        return _Ending("did not return", True)
+        return _Ending("did not return", False)
     if code < 0:
         name = signal.Signals(-code).name
         return _Ending(f"ended its process with {name}", name != "SIGKILL")
-    return _Ending(f"ended its process with exit code {code}", True) if code else None
+    return _Ending(f"ended its process with exit code {code}", True)

@@ -40,8 +40,8 @@ class LoraInput:
     tables: AdapterTables
     has_adapters: bool  # False: no row has one, so that nothing need be done
     segments: tuple[Segment, ...]  # for ops that loop on the host
-    segment_table: Tensor  # int32 [num_segments, 3]: slot, lo, hi; the same on the device
-    tiles: LoraTiles | None  # None for ops that do not ask for them
+    segment_table: Tensor | None  # int32 [num_segments, 3]: slot, lo, hi; the same on the device
+    tiles: LoraTiles | None  # instead of it, for ops that ask for them
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,20 +40,20 @@ class AdapterTables:
 
     def write(self, slot: int, granules: Iterable[Granule]) -> None:
         """Make `slot` describe these granules and nothing else."""
+        listed = list(granules)
         offset = torch.zeros_like(self.offset[slot], device="cpu")
         scale = torch.zeros_like(self.scale[slot], device="cpu")
         count = torch.zeros_like(self.num_granules[slot], device="cpu")
-        for g in granules:
-            offset[g.layer, g.module, g.part, 0] = g.a
-            offset[g.layer, g.module, g.part, 1] = g.b
-            scale[g.layer, g.module, g.part] = g.scale
-            count[g.layer, g.module] = max(int(count[g.layer, g.module]), g.part + 1)
+        if listed:
+            places = torch.tensor([(g.layer, g.module, g.part) for g in listed]).T
+            offset[tuple(places)] = torch.tensor([(g.a, g.b) for g in listed])
+            scale[tuple(places)] = torch.tensor([g.scale for g in listed])
+            layer, module, part = places
+            entries = layer * count.shape[1] + module
+            count.view(-1).scatter_reduce_(0, entries, (part + 1).int(), "amax")
         self.offset[slot].copy_(offset)
         self.scale[slot].copy_(scale)
         self.num_granules[slot].copy_(count)
-
-    def clear(self, slot: int) -> None:
-        self.num_granules[slot].zero_()
 
     def granules(self, slot: int, layer: int, module: int) -> list[tuple[int, int, float]]:
         """`(a, b, scale)` of each granule of one module, for the reference ops and tests."""

@@ -5,7 +5,7 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -32,6 +32,7 @@ class Environment:
     sources: str  # sha256 of this package's Python files and configurations
     triton_version: str
     torch_version: str
+    bitsandbytes_version: str
     device: str
     capability: str
     driver: str
@@ -44,6 +45,7 @@ class Environment:
             sources=hash_of_sources(),
             triton_version=_version("triton"),
             torch_version=torch.__version__,
+            bitsandbytes_version=_version("bitsandbytes"),
             device=properties.name if properties else "cpu",
             capability=f"{properties.major}.{properties.minor}" if properties else "",
             driver=_driver() if is_cuda else "",
@@ -61,9 +63,8 @@ class VerdictKey:
 
     @property
     def digest(self) -> str:
-        """The model's name and depth change no kernel."""
-        shapes = replace(self.shapes, name="", num_layers=1)
-        facts = asdict(replace(self, shapes=shapes))
+        """The model's name changes no kernel."""
+        facts = asdict(replace(self, shapes=replace(self.shapes, name="")))
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
@@ -79,6 +80,15 @@ def failures_of(outcomes: Iterable[Outcome]) -> Failures:
             where = f"{outcome.case}, {outcome.num_rows} rows"
             failures.setdefault(outcome.kernel, f"{outcome.failure} ({where})")
     return failures
+
+
+def is_conclusive(outcomes: Sequence[Outcome]) -> bool:
+    """Whether they tell of kernels, and not of memory or time that was short.
+
+    Where every kernel failed it is the environment that did, as without a C compiler.
+    """
+    has_passed = failures_of(outcomes).keys() != {outcome.kernel for outcome in outcomes}
+    return has_passed and all(outcome.is_lasting for outcome in outcomes)
 
 
 def failed_kernels(
@@ -101,10 +111,10 @@ def load_verdict(key: VerdictKey, cache: Path) -> Failures | None:
 
 
 def save_verdict(key: VerdictKey, cache: Path, outcomes: Iterable[Outcome]) -> Failures:
-    """Not stored where memory was short, as that says nothing of a kernel."""
+    """Stored only where it is conclusive."""
     outcomes = list(outcomes)
     failures = failures_of(outcomes)
-    if all(outcome.is_lasting for outcome in outcomes):
+    if is_conclusive(outcomes):
         write_json(
             _path(key, cache),
             {

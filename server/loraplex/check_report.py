@@ -1,7 +1,7 @@
 """What `loraplex check` prints: a table for a person, one JSON object for a program.
 
     {"device", "target", "driver", "torch", "triton",   what was checked on, and with
-     "model", "max_rank",                               whose shapes
+     "model", "max_rank",                               whose shapes; null: tiny ones alone
      "copy_bytes_per_second",                           the device's, read and written
      "passed": bool, "failed": ["triton attention"],    ops and kernel
      "cases": [{"ops", "kernel", "case", "rows", "dtype", "error", "limit", "passed", "failure",
@@ -9,12 +9,13 @@
      "paths": {"4096x4096": [[1, "fused"], [65, "bitsandbytes"]]} or null,
      "notes": ["..."]}
 
-`error` is max |error| / max |expected| against plain fp32 maths. `seconds`, and what follows from
-it, is null for what failed and in the interpreter. `bytes_moved` is the floor: each byte that the
-op must touch, once. `paths` is what was measured and stored, by out x in features: from so many
-rows on, this path.
+The interpreter's cases are of tiny shapes. `error` is max |error| / max |expected| against plain
+fp32 maths. `seconds`, and what follows from it, is null for what failed and in the interpreter.
+`bytes_moved` is the floor: each byte that the op must touch, once. `paths` is what was measured
+and stored, by out x in features: from so many rows on, this path.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TextIO
 
@@ -22,6 +23,7 @@ import torch
 from loraplex_client.render import write, write_json, write_table
 from loraplex_kernels.check import LIMITS, Outcome
 from loraplex_kernels.gpu.paths import PathTable
+from loraplex_kernels.isolated import OpsName
 from loraplex_kernels.verdicts import Environment
 
 _HEADER = ("ops", "kernel", "case", "rows", "error", "time", "moved", "rate", "of copy", "verdict")
@@ -31,7 +33,7 @@ _HEADER = ("ops", "kernel", "case", "rows", "error", "time", "moved", "rate", "o
 class Section:
     """One kind of ops, checked in one dtype."""
 
-    ops: str  # torch, native, triton, interpreter
+    ops: OpsName
     dtype: torch.dtype
     outcomes: tuple[Outcome, ...]
 
@@ -43,7 +45,7 @@ class Report:
     device: str
     target: str | None  # None: no GPU
     environment: Environment
-    model: str
+    model: str | None  # whose shapes; None: tiny ones alone, for the interpreter
     max_rank: int
     copy_bytes_per_second: float
     sections: tuple[Section, ...]
@@ -115,7 +117,7 @@ def _case(section: Section, outcome: Outcome, copy_bytes_per_second: float) -> d
 def print_report(report: Report, out: TextIO) -> None:
     target = f" ({report.target})" if report.target else ""
     speed = f"{_giga(report.copy_bytes_per_second)} GB/s in a copy"
-    write(f"{_name(report)}{target}, shapes of {report.model}; {speed}\n\n", out)
+    write(f"{_name(report)}{target}, {_shapes(report)}; {speed}\n\n", out)
     rows = [
         _row(section, outcome, report.copy_bytes_per_second)
         for section in report.sections
@@ -123,8 +125,20 @@ def print_report(report: Report, out: TextIO) -> None:
     ]
     write_table(_HEADER, rows, out)
     passed = sum(row[-1] == "ok" for row in rows)
-    lines = [f"{passed} of {len(rows)} cases passed", *report.notes]
-    write("\n" + "".join(f"{line}\n" for line in lines), out)
+    write(f"\n{passed} of {len(rows)} cases passed\n", out)
+    print_notes(report.notes, out)
+
+
+def print_notes(notes: Sequence[str], out: TextIO) -> None:
+    """Nothing where there are none."""
+    write("".join(f"{note}\n" for note in notes), out)
+
+
+def _shapes(report: Report) -> str:
+    if report.model is None:
+        return "tiny shapes"
+    is_mixed = any(section.ops == "interpreter" for section in report.sections if section.outcomes)
+    return f"shapes of {report.model}" + (", tiny ones in the interpreter" if is_mixed else "")
 
 
 def _row(section: Section, outcome: Outcome, copy_bytes_per_second: float) -> tuple[str, ...]:

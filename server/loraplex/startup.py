@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from loraplex_kernels.dispatch import cpu_ops, interpreted_ops
 from loraplex_kernels.ops import Ops
+from loraplex_kernels.reference import TorchOps
 
 from loraplex.adapters.packing import Layout
 from loraplex.adapters.peft import BaseLinear
@@ -22,20 +23,21 @@ from loraplex.device import (
     free_memory,
 )
 from loraplex.engine.arena import Arena
+from loraplex.engine.graphs import MAX_BYTES as GRAPH_BYTES
 from loraplex.engine.model_runner import BlockShape, ModelRunner, RunnerConfig, block_shape
 from loraplex.engine.scheduler import Scheduler, SchedulerConfig
 from loraplex.errors import StartupError
 from loraplex.model import nf4
 from loraplex.model.checkpoint import Checkpoint, base_identity
 from loraplex.model.config import ModelConfig, read_model_config
-from loraplex.model.decoder import Decoder
+from loraplex.model.decoder import Activations, Decoder
 from loraplex.model.generation import GenerationDefaults, read_generation_defaults
 from loraplex.model.hub import resolve_model
 from loraplex.model.linear import WeightForm
 from loraplex.model.loader import LoadOptions, load_decoder
-from loraplex.model.shapes import shapes_of
 from loraplex.model.tokenizer import Tokenizer
 from loraplex.progress import progress_bar
+from loraplex.shapes import shapes_of
 
 log = logging.getLogger(__name__)
 
@@ -107,8 +109,11 @@ def _build_ops(config: ServeConfig, model: ModelConfig, device: Device) -> Ops:
         return cpu_ops(config.cache / "native")
     if device.name == INTERPRETER:
         return interpreted_ops()
-    from loraplex_kernels.gpu.trusted import triton_ops
-
+    try:
+        from loraplex_kernels.gpu.trusted import triton_ops
+    except ModuleNotFoundError as error:
+        log.warning("the GPU's ops run in plain torch, which is slower: %s is missing", error.name)
+        return TorchOps()
     with progress_bar("Checking the kernels on this GPU") as progress:
         shapes = shapes_of(config.model, model)
         return triton_ops(
@@ -143,11 +148,12 @@ def plan_memory(config: ServeConfig, base: Base) -> Memory:
     """The arena's size; StartupError when it cannot be had, or not one short request would fit."""
     dtype = base.decoder.dtype
     block = block_shape(base.config, dtype, dtype)
-    free = free_memory(base.device.where)
+    free = max(0, free_memory(base.device.where) - _working_memory(config, base))
     size = config.memory if config.memory is not None else _default_memory(base.device.where, free)
     if size > free:
         raise StartupError(
-            f"--memory {format_size(size)} cannot be had: {format_size(free)} are free"
+            f"--memory {format_size(size)} cannot be had: {format_size(free)} are free, beside "
+            "what the steps need"
         )
     num_blocks = size // block.size
     if num_blocks < 2:
@@ -158,8 +164,22 @@ def plan_memory(config: ServeConfig, base: Base) -> Memory:
     return Memory(num_blocks, block)
 
 
+def _working_memory(config: ServeConfig, base: Base) -> int:
+    """Bytes that will be taken after the arena, on its device."""
+    model, dtype, nowhere = base.config, base.device.dtype, torch.device("meta")
+    activations = Activations.allocate(
+        model, dtype, nowhere, config.max_step_tokens, config.max_running
+    )
+    if base.device.name != "cuda":
+        return activations.num_bytes
+    widest = max(2 * model.intermediate_size, model.num_heads * model.head_dim)
+    dequantized = widest * model.hidden_size * dtype.itemsize
+    # One weight in our scratch, one in bitsandbytes' own.
+    return activations.num_bytes + 2 * dequantized + config.cuda_graphs * GRAPH_BYTES
+
+
 def _default_memory(device: torch.device, free: int) -> int:
-    return int(free * 0.85) if device.type == "cuda" else min(free // 4, MAX_CPU_ARENA)
+    return int(free * 0.9) if device.type == "cuda" else min(free // 4, MAX_CPU_ARENA)
 
 
 def build_scheduler(config: ServeConfig, memory: Memory) -> Scheduler:
@@ -177,7 +197,14 @@ def build_runner(config: ServeConfig, base: Base, memory: Memory) -> ModelRunner
         max_running=config.max_running,
         device=base.device.where,
     )
-    runner = ModelRunner(base.decoder, base.ops, sizes)
+    try:
+        runner = ModelRunner(base.decoder, base.ops, sizes)
+        if base.device.name != INTERPRETER:  # where a step takes a minute
+            runner.warm_up()
+    except torch.OutOfMemoryError:
+        raise StartupError("--memory leaves too little for the steps themselves") from None
+    except Exception as error:
+        raise StartupError(f"a trial step failed on this device: {error}") from error
     if base.device.name == "cuda" and config.cuda_graphs:
         _capture_graphs(runner, base.ops)
     return runner

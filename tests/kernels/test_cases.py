@@ -1,13 +1,16 @@
 """The cases themselves: torch's ops pass them all, and their floors are the bytes they must be."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from loraplex_kernels.cases import SERVING, TINY, Case, CaseMaker, ModelShapes, Scale, cases
 from loraplex_kernels.cases.table import mixed_ranks, mixed_slots, prefill_slots
-from loraplex_kernels.check import LIMITS, relative_error
-from loraplex_kernels.ops import Projection
+from loraplex_kernels.check import LIMITS, check, relative_error
+from loraplex_kernels.ops import AttentionInput, LoraInput, Projection
 from loraplex_kernels.reference import TorchOps
 from loraplex_kernels.segments import LONG_TILE_ROWS, NO_ADAPTER, segments_of
+from torch import Tensor
 
 SHAPES = ModelShapes(
     name="tiny",
@@ -42,6 +45,52 @@ def test_torch_passes_every_case(scale: Scale, dtype: torch.dtype) -> None:
         assert prepared.is_intact(), case
         seen.add(case.kernel)
     assert seen == KERNELS
+
+
+def test_caches_and_tables_are_the_models_own() -> None:
+    """Recorded, as a kernel would see them; and torch passes with them."""
+    seen: set[tuple[str, *tuple[int, ...]]] = set()
+
+    class Recording(TorchOps):
+        def rotary_and_cache(
+            self,
+            qkv: Tensor,
+            cos: Tensor,
+            sin: Tensor,
+            k_cache: Tensor,
+            v_cache: Tensor,
+            slot_mapping: Tensor,
+        ) -> None:
+            seen.add(("rotary", k_cache.shape[2]))
+            super().rotary_and_cache(qkv, cos, sin, k_cache, v_cache, slot_mapping)
+
+        def attention(
+            self,
+            qkv: Tensor,
+            k_cache: Tensor,
+            v_cache: Tensor,
+            where: AttentionInput,
+            out: Tensor,
+            window: int | None = None,
+        ) -> None:
+            seen.add(("attention", k_cache.shape[2]))
+            super().attention(qkv, k_cache, v_cache, where, out, window)
+
+        def lora_(
+            self,
+            y: Tensor,
+            x: Tensor,
+            lora: LoraInput,
+            layer: int,
+            projections: tuple[Projection, ...],
+        ) -> None:
+            seen.add(("layers", lora.tables.num_granules.shape[1], layer))
+            super().lora_(y, x, lora, layer, projections)
+
+    shapes = replace(SHAPES, num_layers=5, block_tokens=48)
+    make_all = cases(shapes, torch.device("cpu"), torch.float32, scale=TINY)
+    assert {outcome.failure for outcome in check(make_all, Recording(), torch.float32)} == {None}
+    assert seen == {("rotary", 48), ("attention", 48), ("layers", 5, 4)}
 
 
 def test_what_is_not_written_stays_nan() -> None:

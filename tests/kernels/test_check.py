@@ -47,10 +47,18 @@ def test_an_exception_is_one_short_line() -> None:
     assert "\n" not in failure
 
 
-def test_too_little_memory_says_nothing_of_a_kernel() -> None:
+@pytest.mark.parametrize(
+    "raised",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+    ],
+    ids=["torch", "triton"],
+)
+def test_too_little_memory_says_nothing_of_a_kernel(raised: Exception) -> None:
     class Full(TorchOps):
         def silu_mul(self, gate_up: torch.Tensor, out: torch.Tensor) -> None:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise raised
 
     failed = [outcome for outcome in checked(Full()) if outcome.failure is not None]
     assert {outcome.kernel for outcome in failed} == {"silu_mul"}

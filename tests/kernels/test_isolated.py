@@ -14,14 +14,25 @@ from types import ModuleType
 from typing import cast
 
 import pytest
-from loraplex_kernels.isolated import IsolationError, _how_it_ended, _received, run_isolated
+import torch
+from loraplex_kernels.cases import TINY, ModelShapes
+from loraplex_kernels.isolated import (
+    IsolationError,
+    OpsName,
+    Task,
+    _how_it_ended,
+    _received,
+    run_isolated,
+)
 from loraplex_kernels.verdicts import failures_of
 
 CHILDREN = '''
 """Found by name in a child, as a test's own functions would not be; quick to import."""
 
+import atexit
 import os
 import signal
+import time
 from typing import NamedTuple
 
 
@@ -56,7 +67,8 @@ def sabotaged(results, task, indices):
             os.kill(os.getpid(), signal.SIGSEGV)
         results.send(Outcome(kernel, "some", 3, "bad" if index == 6 else None))
         if index == 6:
-            return
+            results.send("lost")
+            os._exit(0)
 
 
 def ended_at_once(results, task, indices):
@@ -65,6 +77,53 @@ def ended_at_once(results, task, indices):
 
 def cannot_begin(results, task, indices):
     results.send("ModuleNotFoundError: no triton")
+
+
+def aborts_after_its_last(results, task, indices):
+    """A kernel loses the device in its last case, and the context's teardown aborts."""
+    results.send(None)
+    cases = task.cases()
+    for index in indices:
+        results.send(Outcome(cases[index].kernel, "some", 3, "bad" if index == 2 else None))
+        if index == 2:
+            results.send("lost")
+            os.abort()
+
+
+def hangs_after_its_last(results, task, indices):
+    results.send(None)
+    cases = task.cases()
+    for index in indices:
+        results.send(Outcome(cases[index].kernel, "some", 3, "bad" if index == 2 else None))
+        if index == 2:
+            results.send("lost")
+            results.close()
+            time.sleep(60)
+
+
+def leaves_without_a_word(results, task, indices):
+    results.send(None)
+    os._exit(0)
+
+
+class RunTask(Task):
+    device = "cuda"
+
+    def run(self, selected):
+        atexit.register(os.abort)  # as a lost context's teardown
+        for case in selected:
+            yield Outcome(case.kernel, "some", 3, "bad" if case.kernel == "norm" else None)
+
+
+def keeps_silent(results, task, indices):
+    results.send(None)
+    time.sleep(60)
+
+
+def as_it_is(results, task, indices):
+    from loraplex_kernels.isolated import check_in_child
+
+    check_in_child(results, task, indices, is_lost=lambda device: True)
 
 
 def ended_before_the_first(results, task, indices):
@@ -99,6 +158,37 @@ def test_each_kernel_that_ends_the_child_is_left_behind(children: ModuleType) ->
     assert reports[-1] == (12, 12)
 
 
+@pytest.mark.parametrize("name", ["aborts_after_its_last", "hangs_after_its_last"])
+def test_a_lost_device_condemns_no_other_kernel(children: ModuleType, name: str) -> None:
+    outcomes = list(run_isolated(children.Task(), child=getattr(children, name)))
+    assert failures_of(outcomes) == {"norm": "bad (some, 3 rows)"}
+    assert [outcome.kernel for outcome in outcomes] == [
+        *["norm"] * 3,
+        *["rotary"] * 3,
+        *["lora"] * 3,
+        *["silu"] * 3,
+    ]
+
+
+def test_the_real_child_skips_the_teardown_of_a_lost_device(children: ModuleType) -> None:
+    outcomes = list(run_isolated(children.RunTask(), child=children.as_it_is))
+    assert failures_of(outcomes) == {"norm": "bad (some, 3 rows)"}
+    assert len(outcomes) == 1 + 9
+
+
+def test_who_leaves_without_a_word_has_failed(children: ModuleType) -> None:
+    outcomes = list(run_isolated(children.Task(), child=children.leaves_without_a_word))
+    assert {outcome.failure for outcome in outcomes} == {"ended its process with exit code 0"}
+
+
+def test_ops_of_no_such_name_are_an_error(tmp_path: Path) -> None:
+    shapes = ModelShapes("tiny", 128, 192, 6, 2, 32, 2)
+    ops = cast(OpsName, "tirton")
+    task = Task(ops, "cpu", torch.float32, shapes, 16, TINY, is_timed=False, cache=tmp_path)
+    with pytest.raises(AssertionError, match="tirton"):
+        task.run([])
+
+
 def test_every_kernel_may_end_its_child(children: ModuleType) -> None:
     outcomes = list(run_isolated(children.Task(), child=children.ended_before_the_first))
     assert set(failures_of(outcomes)) == {"norm", "rotary", "lora", "silu"}
@@ -121,6 +211,13 @@ def test_silence_ends_the_waiting() -> None:
         assert list(_received(results, seconds_a_case=0.0)) == []
 
 
+def test_no_case_may_keep_silent(children: ModuleType) -> None:
+    """It may be a busy device: not for good."""
+    run = run_isolated(children.Task(), child=children.keeps_silent, seconds_a_case=3.0)
+    outcome = next(iter(run))
+    assert (outcome.failure, outcome.is_lasting) == ("did not return", False)
+
+
 def test_how_a_child_ended() -> None:
     @dataclass
     class Ended:
@@ -128,11 +225,11 @@ def test_how_a_child_ended() -> None:
 
         def join(self, timeout: float) -> None: ...
 
-    def how(code: int | None) -> tuple[str, bool] | None:
+    def how(code: int | None) -> tuple[str, bool]:
         return _how_it_ended(cast(SpawnProcess, Ended(code)))
 
-    assert how(None) == ("did not return", True)
+    assert how(None) == ("did not return", False)
     assert how(-11) == ("ended its process with SIGSEGV", True)
     assert how(-9) == ("ended its process with SIGKILL", False)
     assert how(1) == ("ended its process with exit code 1", True)
-    assert how(0) is None
+    assert how(0) == ("ended its process with exit code 0", True)

@@ -39,7 +39,7 @@ def test_a_slot_forgets_its_last_adapter() -> None:
     t.write(0, [Granule(1, 2, 0, 192, 256, 3.0)])
     assert t.granules(0, 1, 2) == [(192, 256, 3.0)]
     assert int(t.num_granules.sum()) == 1
-    t.clear(0)
+    t.write(0, [])
     assert int(t.num_granules.sum()) == 0
 
 

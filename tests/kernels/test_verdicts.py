@@ -4,6 +4,7 @@ import json
 import logging
 from collections.abc import Iterator
 from dataclasses import fields, replace
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,12 @@ from loraplex_kernels.verdicts import (
     VerdictKey,
     failed_kernels,
     hash_of_sources,
+    is_conclusive,
     load_verdict,
     save_verdict,
 )
 
-ENVIRONMENT = Environment("abc", "3.9.0", "2.13.0", "NVIDIA H100", "9.0", "550.54")
+ENVIRONMENT = Environment("abc", "3.9.0", "2.13.0", "0.50.2", "NVIDIA H100", "9.0", "550.54")
 KEY = VerdictKey(
     ENVIRONMENT, ModelShapes("llama", 4096, 14336, 32, 8, 128, 32), "torch.bfloat16", 64
 )
@@ -73,6 +75,8 @@ OTHERS = {
     "num_heads": replace(KEY, shapes=replace(KEY.shapes, num_heads=7)),
     "num_kv_heads": replace(KEY, shapes=replace(KEY.shapes, num_kv_heads=7)),
     "head_dim": replace(KEY, shapes=replace(KEY.shapes, head_dim=7)),
+    "num_layers": replace(KEY, shapes=replace(KEY.shapes, num_layers=7)),
+    "block_tokens": replace(KEY, shapes=replace(KEY.shapes, block_tokens=48)),
     "dtype": replace(KEY, dtype="torch.float16"),
     "max_rank": replace(KEY, max_rank=32),
 }
@@ -80,15 +84,15 @@ OTHERS = {
 
 @pytest.mark.parametrize("other", OTHERS.values(), ids=OTHERS.keys())
 def test_anything_else_is_checked_anew(tmp_path: Path, other: VerdictKey) -> None:
-    save_verdict(KEY, tmp_path, [FAILED])
+    save_verdict(KEY, tmp_path, [PASSED, FAILED])
     check = Checker(PASSED)
     assert failed_kernels(other, tmp_path, check) == {}
     assert check.calls == 1
 
 
 def test_a_model_of_the_same_shapes_needs_no_other_check(tmp_path: Path) -> None:
-    save_verdict(KEY, tmp_path, [FAILED])
-    tuned = replace(KEY, shapes=replace(KEY.shapes, name="tuned", num_layers=40))
+    save_verdict(KEY, tmp_path, [PASSED, FAILED])
+    tuned = replace(KEY, shapes=replace(KEY.shapes, name="tuned"))
     assert load_verdict(tuned, tmp_path) is not None
 
 
@@ -102,7 +106,7 @@ def test_a_model_of_the_same_shapes_needs_no_other_check(tmp_path: Path) -> None
     ],
 )
 def test_a_file_that_cannot_be_read_is_as_none(tmp_path: Path, content: bytes) -> None:
-    save_verdict(KEY, tmp_path, [FAILED])
+    save_verdict(KEY, tmp_path, [PASSED, FAILED])
     (path,) = (tmp_path / FOLDER).iterdir()
     path.write_bytes(content)
     check = Checker(PASSED)
@@ -119,17 +123,36 @@ def test_for_want_of_memory_nothing_is_stored(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_where_every_kernel_failed_nothing_is_stored(tmp_path: Path) -> None:
+    """As without a C compiler, which may be installed tomorrow."""
+    check = Checker(FAILED, replace(PASSED, failure="RuntimeError: Failed to find C compiler"))
+    for _ in range(2):
+        assert set(failed_kernels(KEY, tmp_path, check)) == {"attention", "lora"}
+    assert check.calls == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_kernel_that_fails_only_some_cases_has_failed() -> None:
+    again = replace(FAILED, failure=None)
+    assert is_conclusive([PASSED, FAILED, again])
+    assert not is_conclusive([FAILED, again])
+    assert not is_conclusive([PASSED, SHORT])
+    assert is_conclusive([PASSED])
+
+
 def test_a_cache_that_cannot_be_written_is_only_slow(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").write_text("")
     with caplog.at_level(logging.WARNING):
-        assert list(failed_kernels(KEY, tmp_path / "file", Checker(FAILED))) == ["attention"]
+        found = failed_kernels(KEY, tmp_path / "file", Checker(PASSED, FAILED))
+    assert list(found) == ["attention"]
     assert "cannot be written" in caplog.text
 
 
 def test_the_environment_of_a_cpu() -> None:
     here = Environment.of(torch.device("cpu"))
+    assert here.bitsandbytes_version == version("bitsandbytes")
     assert (here.device, here.driver) == ("cpu", "")
     assert here.torch_version == torch.__version__
     assert here.sources == hash_of_sources()

@@ -14,14 +14,14 @@ from typing import Any
 
 import pytest
 import torch
-from loraplex.check import CheckConfig, check, examine, save, tasks_for
+from loraplex.check import CheckConfig, Run, check, examine, save_measured, tasks_for
 from loraplex.check_report import Report, Section, print_json, print_report
 from loraplex.config import DEFAULT_MODEL
 from loraplex.device import Device
 from loraplex.errors import LoraplexError, ModelError
 from loraplex.model.config import read_model_config
 from loraplex.model.default import ensure_default_model
-from loraplex.model.shapes import DEFAULT_SHAPES, read_shapes, shapes_of
+from loraplex.shapes import DEFAULT_SHAPES, read_shapes, shapes_of
 from loraplex_kernels.check import Outcome
 from loraplex_kernels.gpu.measured import load_paths
 from loraplex_kernels.gpu.paths import LinearPath, PathTable
@@ -72,6 +72,11 @@ def config(cache: Path, **changes: Any) -> CheckConfig:
     return replace(CheckConfig(cache=cache, device="cpu", threads=1), **changes)
 
 
+def examined(cache: Path, run: Run, device: str = "cpu") -> Report:
+    where = Device(device, torch.device("cpu"), torch.bfloat16)
+    return examine(where, DEFAULT_SHAPES, config(cache), run)
+
+
 def found(*outcomes: Outcome) -> Callable[[Task, Progress], Iterable[Outcome]]:
     return lambda task, progress: outcomes
 
@@ -112,7 +117,7 @@ def test_what_failed_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 def test_a_table_in_a_pipe_is_plain_columns(tmp_path: Path) -> None:
     out = io.StringIO()
-    print_report(examine(config(tmp_path), found(RIGHT, WRONG)), out)
+    print_report(examined(tmp_path, found(RIGHT, WRONG)), out)
     header, first, second = out.getvalue().splitlines()[2:5]
     assert header.split() == [
         *("ops", "kernel", "case", "rows", "error", "time", "moved", "rate", "of", "copy"),
@@ -144,7 +149,7 @@ def test_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_json_of_a_gpu(tmp_path: Path) -> None:
     """As it would be: no such device is needed to print it."""
-    cpu = examine(config(tmp_path), found(RIGHT))
+    cpu = examined(tmp_path, found(RIGHT))
     report = Report(
         device="cuda",
         target="sm_90",
@@ -174,7 +179,7 @@ def test_without_a_compiler_its_ops_are_left_out(tmp_path: Path) -> None:
             raise BuildError("no C++ compiler found")
         return [RIGHT]
 
-    report = examine(config(tmp_path), run)
+    report = examined(tmp_path, run)
     assert report.notes == ("the native ops are left out: no C++ compiler found",)
     assert [len(section.outcomes) for section in report.sections] == [1, 0, 1]
 
@@ -184,13 +189,17 @@ def test_what_cannot_begin_is_one_line(tmp_path: Path) -> None:
         raise IsolationError("its process ended before the first case")
 
     with pytest.raises(LoraplexError, match="the torch ops cannot be checked: its process ended"):
-        examine(config(tmp_path), run)
+        examined(tmp_path, run)
 
 
-def test_a_cpu_has_nothing_to_store(tmp_path: Path) -> None:
-    report = examine(config(tmp_path / "cache", is_saved=True), found(RIGHT))
-    assert report.notes == ("nothing is stored: serve checks its kernels on a GPU only",)
-    assert not (tmp_path / "cache").exists()
+def test_a_cpu_has_nothing_to_store(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cache = tmp_path / "cache"
+    nothing = "nothing is stored: serve checks its kernels on a GPU only"
+    check(config(cache, is_saved=True), found(RIGHT))
+    assert capsys.readouterr().out.endswith(f"3 of 3 cases passed\n{nothing}\n")
+    check(config(cache, is_saved=True, as_json=True), found(RIGHT))
+    assert json.loads(capsys.readouterr().out)["notes"] == [nothing]
+    assert not cache.exists()
 
 
 def test_what_is_saved_is_what_serve_loads(model: Path, tmp_path: Path) -> None:
@@ -199,19 +208,64 @@ def test_what_is_saved_is_what_serve_loads(model: Path, tmp_path: Path) -> None:
     environment = Environment.of(cpu.where)
     key = VerdictKey(environment, read_shapes(str(model), tmp_path), str(cpu.dtype), 64)
     failed = [replace(WRONG, kernel=kernel) for kernel in ("lora", "nf4_linear")]
-    table = save(key, cpu, (replace(RIGHT, kernel="attention"), *failed), tmp_path)
+    outcomes = (replace(RIGHT, kernel="attention"), *failed)
+    report = examined(tmp_path, found(*outcomes))
+    saved = save_measured(report, key, outcomes, cpu, tmp_path)
     why = "off by 5e-01 (qkv, 8 adapters, 64 rows)"
     assert load_verdict(key, tmp_path) == {"lora": why, "nf4_linear": why}
-    assert load_paths(environment, str(cpu.dtype), tmp_path) == table
+    table = load_paths(environment, str(cpu.dtype), tmp_path)
+    assert saved.paths == table
     assert set(table.measured) == {(128, 64), (64, 64), (256, 64), (64, 128)}
     assert set(table.measured.values()) == {((1, LinearPath.BITSANDBYTES),)}
+    assert saved.notes == (
+        f"the verdict is stored in {tmp_path / 'kernels'}, for serve",
+        f"the 4-bit products are measured, in {tmp_path}/kernels/linear-paths.json, for serve",
+    )
+
+
+def test_a_report_outlives_what_cannot_be_measured(tmp_path: Path) -> None:
+    """On a device that is not there: nothing is stored, as every kernel failed, and all is said."""
+    nowhere = Device("cuda", torch.device("cuda", 99), torch.float16)
+    report = examined(tmp_path, found(WRONG))
+    key = VerdictKey(report.environment, DEFAULT_SHAPES, str(nowhere.dtype), 64)
+    saved = save_measured(report, key, (WRONG,), nowhere, tmp_path / "cache")
+    assert saved.sections == report.sections
+    assert saved.paths is None
+    verdict, paths = saved.notes
+    assert verdict.startswith("the verdict is not stored: ")
+    assert paths.startswith("the 4-bit products cannot be measured: ")
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize(
+    ("device", "title"),
+    [
+        ("cpu", f"cpu, shapes of {DEFAULT_MODEL}, tiny ones in the interpreter; "),
+        ("triton-interpret", "triton-interpret, tiny shapes; "),
+    ],
+)
+def test_the_title_says_whose_shapes(tmp_path: Path, device: str, title: str) -> None:
+    out = io.StringIO()
+    report = examined(tmp_path, found(RIGHT), device)
+    print_report(report, out)
+    assert out.getvalue().startswith(title)
+    out = io.StringIO()
+    print_json(report, out)
+    assert json.loads(out.getvalue())["model"] == (DEFAULT_MODEL if device == "cpu" else None)
 
 
 def test_shapes_come_from_config_json_alone(model: Path, tmp_path: Path) -> None:
     shapes = read_shapes(str(model), tmp_path)
     assert (shapes.hidden_size, shapes.head_dim, shapes.num_kv_heads) == (64, 16, 2)
+    assert (shapes.num_layers, shapes.block_tokens) == (2, 16)
     with pytest.raises(ModelError, match="no such folder"):
         read_shapes("no-such-folder", tmp_path)
+
+
+def test_blocks_are_as_serve_makes_them(model: Path, tmp_path: Path) -> None:
+    """Here 16 * 2048 elements, of which a token's KV is 128."""
+    (model / "config.json").write_text(json.dumps({**TINY_CONFIG, "intermediate_size": 2048}))
+    assert read_shapes(str(model), tmp_path).block_tokens == 256
 
 
 def test_the_default_needs_no_file(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Adapters of one stacked linear, in an arena that is NaN between them."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,9 +12,6 @@ from loraplex_kernels.ops import LoraInput, LoraTiles, Projection
 from loraplex_kernels.segments import NO_ADAPTER, pad_tiles, segments_of, tiles_of
 from loraplex_kernels.tables import GRANULE_RANK, AdapterTables, Granule, view
 
-NUM_LAYERS, LAYER = 2, 1
-"""The adapters touch the second of two layers."""
-
 GAP = 256
 """Bytes of NaN between two pieces of the arena."""
 
@@ -21,22 +19,32 @@ Ranks = Sequence[Sequence[int]]
 """Each slot's rank at each projection; 0: the adapter does not touch it."""
 
 
-class Adapters:
-    """A bank of adapters, and what they add to a batch."""
+class Bank(NamedTuple):
+    """How large the adapters are, and the tables that name them."""
 
-    def __init__(self, memory: Memory, linear: LinearShape, ranks: Ranks, max_rank: int) -> None:
+    ranks: Ranks
+    max_rank: int
+    num_layers: int
+
+
+class Adapters:
+    """A bank of adapters that touch the last `layer`, and what they add to a batch."""
+
+    def __init__(self, memory: Memory, linear: LinearShape, bank: Bank) -> None:
         self._memory = memory
         self._linear = linear
-        self._ranks = ranks
+        self.layer = bank.num_layers - 1
         size = (linear.in_features + max(p.width for p in linear.projections)) * GRANULE_RANK
         self._piece = -(-size * memory.dtype.itemsize // GAP) * GAP + GAP  # one granule's A and B
-        granules = sum(-(-rank // GRANULE_RANK) for own in ranks for rank in own)
+        granules = sum(-(-rank // GRANULE_RANK) for own in bank.ranks for rank in own)
         self._arena = memory.poisoned(
             max(granules, 1) * self._piece, dtype=torch.uint8, in_arena=True
         )
-        self._tables = AdapterTables(len(ranks), NUM_LAYERS, NUM_MODULES, max_rank, memory.device)
+        self._tables = AdapterTables(
+            len(bank.ranks), bank.num_layers, NUM_MODULES, bank.max_rank, memory.device
+        )
         places = iter(memory.shuffled(granules))
-        for slot, own in enumerate(ranks):
+        for slot, own in enumerate(bank.ranks):
             self._tables.write(
                 slot,
                 [
@@ -62,7 +70,7 @@ class Adapters:
                 target.zero_()
                 target[:real] = self._memory.normal(real, width, std=std)
         scale = 0.5 + slot % 8 / 8
-        return Granule(LAYER, projection.module, part, offset, b_offset, scale)
+        return Granule(self.layer, projection.module, part, offset, b_offset, scale)
 
     def lora_input(self, slots: Sequence[int]) -> LoraInput:
         """The tile lists are longer than needed, as in a step that was captured."""
@@ -94,7 +102,7 @@ class Adapters:
         result = torch.zeros(x.shape[0], self._linear.out_features, device=x.device)
         for slot, lo, hi in segments_of(slots):
             for module, column, width in self._linear.projections:
-                for a, b, scale in self._tables.granules(slot, LAYER, module):
+                for a, b, scale in self._tables.granules(slot, self.layer, module):
                     a_weight = view(self._arena, a, GRANULE_RANK, in_features, dtype).float()
                     b_weight = view(self._arena, b, GRANULE_RANK, width, dtype).float()
                     v = x[lo:hi].float() @ a_weight.T

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from loraplex_kernels.cases.elementwise import BLOCK_TOKENS
 from loraplex_kernels.cases.memory import Memory
 from loraplex_kernels.cases.prepared import Prepared, joined
 from loraplex_kernels.cases.shapes import ModelShapes
@@ -26,12 +25,10 @@ class PreparedAttention(Prepared):
         self.memory = memory
         self._shapes = shapes
         self._window = window
-        kv, dim = shapes.num_kv_heads, shapes.head_dim
-        num_blocks = [-(-context // BLOCK_TOKENS) for context, _ in sequences]
+        kv, dim, size = shapes.num_kv_heads, shapes.head_dim, shapes.block_tokens
+        num_blocks = [-(-context // size) for context, _ in sequences]
         # Of two layers, as the arena: a layer's view strides over the other's.
-        self._cache = memory.poisoned(
-            sum(num_blocks) + 1, 2, 2, kv, BLOCK_TOKENS, dim, in_arena=True
-        )
+        self._cache = memory.poisoned(sum(num_blocks) + 1, 2, 2, kv, size, dim, in_arena=True)
         order = memory.shuffled(sum(num_blocks) + 1)
         self._blocks = [[order.pop() for _ in range(count)] for count in num_blocks]
         self._where = self._input(sequences)
@@ -67,13 +64,14 @@ class PreparedAttention(Prepared):
     def _fill(self, num_rows: int) -> None:
         """Queries, and each sequence's own keys and values; the row's k and v stay NaN."""
         shapes, memory = self._shapes, self.memory
+        size = shapes.block_tokens
         heads = self._qkv.view(num_rows, -1, shapes.head_dim)
         heads[:, : shapes.num_heads] = memory.normal(num_rows, shapes.num_heads, shapes.head_dim)
         for blocks, context in zip(self._blocks, self._where.context_lens, strict=True):
             token = torch.arange(context, device=memory.device)
             block = torch.tensor(blocks, dtype=torch.int64, device=memory.device)
             keys_values = memory.normal(context, 2, shapes.num_kv_heads, shapes.head_dim)
-            place = block[token // BLOCK_TOKENS], 1, slice(None), slice(None), token % BLOCK_TOKENS
+            place = block[token // size], 1, slice(None), slice(None), token % size
             self._cache[place] = keys_values
 
     def poison(self) -> None:

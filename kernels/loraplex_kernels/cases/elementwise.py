@@ -9,7 +9,6 @@ from loraplex_kernels.cases.shapes import ModelShapes
 from loraplex_kernels.ops import Ops
 
 EPS = 1e-5
-BLOCK_TOKENS = 16
 
 
 class PreparedNorm(Prepared):
@@ -44,15 +43,15 @@ class PreparedRotary(Prepared):
         self._heads = shapes.num_heads
         self._kv_heads = kv = shapes.num_kv_heads
         self._dim = dim = shapes.head_dim
+        self._block_tokens = size = shapes.block_tokens
         self._before = memory.normal(num_rows, (self._heads + 2 * kv) * dim)
         self._qkv = memory.poisoned(*self._before.shape)
         self._cos = memory.uniform(num_rows, dim // 2, low=-1.0, high=1.0)
         self._sin = memory.uniform(num_rows, dim // 2, low=-1.0, high=1.0)
-        num_blocks = -(-num_rows // BLOCK_TOKENS) + 2
-        self._cache = memory.poisoned(
-            num_blocks, 2, 2, kv, BLOCK_TOKENS, dim, in_arena=True
-        )  # of two layers
-        places = memory.shuffled(num_blocks * BLOCK_TOKENS)[:num_rows]
+        num_blocks = -(-num_rows // size) + 2
+        # Of two layers.
+        self._cache = memory.poisoned(num_blocks, 2, 2, kv, size, dim, in_arena=True)
+        places = memory.shuffled(num_blocks * size)[:num_rows]
         if num_rows > 1:
             places[-2] = -1
         self._slot_mapping = memory.table(places, torch.int64)
@@ -60,8 +59,12 @@ class PreparedRotary(Prepared):
     @property
     def _written(self) -> Tensor:
         """The new keys and values [rows, 2, kv_heads, dim]."""
+        return self._cache[self._places()]
+
+    def _places(self) -> tuple[Tensor | int | slice, ...]:
         where = self._slot_mapping[self._slot_mapping >= 0]
-        return self._cache[where // BLOCK_TOKENS, 1, :, :, where % BLOCK_TOKENS]
+        block, offset = where // self._block_tokens, where % self._block_tokens
+        return block, 1, slice(None), slice(None), offset
 
     def poison(self) -> None:
         self._qkv.copy_(self._before)
@@ -85,9 +88,8 @@ class PreparedRotary(Prepared):
 
     def is_intact(self) -> bool:
         """Nothing in the cache but the new keys and values either."""
-        where = self._slot_mapping[self._slot_mapping >= 0]
         rest = self._cache.clone()
-        rest.view(torch.uint8)[where // BLOCK_TOKENS, 1, :, :, where % BLOCK_TOKENS] = POISON
+        rest.view(torch.uint8)[self._places()] = POISON
         return super().is_intact() and bool((rest.view(torch.uint8) == POISON).all())
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from loraplex_kernels.bitsandbytes import functional as bnb
-from loraplex_kernels.cases.adapters import LAYER, Adapters, Ranks
+from loraplex_kernels.cases.adapters import Adapters, Bank
 from loraplex_kernels.cases.memory import Memory
 from loraplex_kernels.cases.prepared import Prepared, joined
 from loraplex_kernels.cases.shapes import LinearShape
@@ -18,20 +18,15 @@ CHUNK = 4096
 
 
 class PreparedLora(Prepared):
-    """`slots` is each row's, `ranks` each slot's."""
+    """`slots` is each row's."""
 
     def __init__(
-        self,
-        memory: Memory,
-        linear: LinearShape,
-        ranks: Ranks,
-        max_rank: int,
-        slots: Sequence[int],
+        self, memory: Memory, linear: LinearShape, bank: Bank, slots: Sequence[int]
     ) -> None:
         self.memory = memory
         self._linear = linear
         self._slots = slots
-        self._adapters = Adapters(memory, linear, ranks, max_rank)
+        self._adapters = Adapters(memory, linear, bank)
         self._lora = self._adapters.lora_input(slots)
         self._x = memory.normal(len(slots), linear.in_features)
         self._before = memory.normal(len(slots), linear.out_features)
@@ -41,7 +36,7 @@ class PreparedLora(Prepared):
         self._y.copy_(self._before)
 
     def call(self, ops: Ops) -> None:
-        ops.lora_(self._y, self._x, self._lora, LAYER, self._linear.projections)
+        ops.lora_(self._y, self._x, self._lora, self._adapters.layer, self._linear.projections)
 
     def result(self) -> Tensor:
         return joined(self._y)
@@ -54,17 +49,12 @@ class PreparedLinear(Prepared):
     """Random codes, with values of about unit variance in x W^T."""
 
     def __init__(
-        self,
-        memory: Memory,
-        linear: LinearShape,
-        ranks: Ranks,
-        max_rank: int,
-        slots: Sequence[int],
+        self, memory: Memory, linear: LinearShape, bank: Bank, slots: Sequence[int]
     ) -> None:
         self.memory = memory
         self._linear = linear
         self._slots = slots
-        self._adapters = Adapters(memory, linear, ranks, max_rank)
+        self._adapters = Adapters(memory, linear, bank)
         self._lora = self._adapters.lora_input(slots)
         n, k = linear.out_features, linear.in_features
         self._weight = NF4Weight(
@@ -80,7 +70,8 @@ class PreparedLinear(Prepared):
 
     def call(self, ops: Ops) -> None:
         weight = BaseWeight(self._weight, dense=None)
-        ops.linear(self._x, weight, self._lora, LAYER, self._linear.projections, self._out)
+        layer, projections = self._adapters.layer, self._linear.projections
+        ops.linear(self._x, weight, self._lora, layer, projections, self._out)
 
     def result(self) -> Tensor:
         return joined(self._out)

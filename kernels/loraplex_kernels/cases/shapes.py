@@ -32,6 +32,7 @@ class ModelShapes:
     num_kv_heads: int
     head_dim: int
     num_layers: int
+    block_tokens: int = 16  # of the arena that keys and values lie in
 
     @property
     def linears(self) -> tuple[LinearShape, ...]:

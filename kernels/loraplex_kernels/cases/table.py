@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from loraplex_kernels.cases.adapters import Ranks, adapter_bytes
+from loraplex_kernels.cases.adapters import Bank, Ranks, adapter_bytes
 from loraplex_kernels.cases.attention import PreparedAttention
 from loraplex_kernels.cases.elementwise import PreparedNorm, PreparedRotary, PreparedSilu
 from loraplex_kernels.cases.linear import PreparedLinear, PreparedLora
@@ -51,7 +51,9 @@ def _attention_cases(make: "CaseMaker", scale: Scale) -> Iterator[Case]:
     context, prefill = scale.context, scale.prefill_rows
     for rows in scale.decode_rows:
         yield make.attention(f"decode at {context}", [(context, 1)] * rows)
-    odd = [(min(n, context), 1) for n in (1, 2, 15, 16, 17, 33, context - 1, context)]
+    block = make.shapes.block_tokens
+    odd_contexts = (1, 2, block - 1, block, block + 1, 2 * block + 1, context - 1, context)
+    odd = [(min(n, context), 1) for n in odd_contexts]
     yield make.attention("decode, padded", [*odd, (0, 1)])
     yield make.attention("prefill", [(prefill, prefill)])
     part = prefill // 2
@@ -79,6 +81,9 @@ class CaseMaker:
 
     def _memory(self) -> Memory:
         return Memory(self._device, self._dtype, self._fill)
+
+    def _bank(self, ranks: Ranks) -> Bank:
+        return Bank(ranks, self.max_rank, self.shapes.num_layers)
 
     def add_rms_norm(self, rows: int, has_delta: bool = True) -> Case:
         hidden = self.shapes.hidden_size
@@ -148,7 +153,7 @@ class CaseMaker:
             f"{linear.name}, {_adapters(slots)}",
             len(slots),
             moved,
-            lambda: PreparedLora(self._memory(), linear, ranks, self.max_rank, slots),
+            lambda: PreparedLora(self._memory(), linear, self._bank(ranks), slots),
         )
 
     def nf4_linear(self, linear: LinearShape, ranks: Ranks, slots: Sequence[int]) -> Case:
@@ -162,7 +167,7 @@ class CaseMaker:
             f"{linear.name}, {_adapters(slots)}",
             len(slots),
             moved,
-            lambda: PreparedLinear(self._memory(), linear, ranks, self.max_rank, slots),
+            lambda: PreparedLinear(self._memory(), linear, self._bank(ranks), slots),
         )
 
 

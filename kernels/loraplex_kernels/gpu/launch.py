@@ -29,8 +29,11 @@ def configs(kernel: str, target: str) -> Mapping[str, Mapping[str, int]]:
     """The launch configurations of one kernel by use ("decode", "prefill"), from configs/*.json.
 
     A file maps "default" to uses, and a target ("sm_100", "gfx942", "interpreter") to the uses it
-    overrides. Tables and not `triton.autotune`, which would time inside the first requests and
+    overrides. Other AMD devices take gfx942's: their compiler does not know all of the others'
+    options. Tables and not `triton.autotune`, which would time inside the first requests and
     cannot run while a graph is captured.
     """
     table = json.loads(files(__package__).joinpath(f"configs/{kernel}.json").read_text())
+    if target.startswith("gfx"):
+        target = "gfx942"
     return {**table["default"], **table.get(target, {})}

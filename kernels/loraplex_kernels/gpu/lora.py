@@ -38,20 +38,19 @@ def weights_at(arena, offset):
     return arena + tl.multiple_of(offset // item_bytes, 16)
 
 
-@triton.jit(do_not_specialize=["layer", "num_rows"])
+@triton.jit(do_not_specialize=["slot_entries", "first_entry", "num_rows"])
 def _shrink(
     x,  # [num_rows, K]
     arena,  # in the weights' dtype
-    offset,  # int64 [slots, NUM_LAYERS, NUM_MODULES, GRANULES, 2]
-    num_granules,  # int32 [slots, NUM_LAYERS, NUM_MODULES]
+    offset,  # int64 [slots, slot_entries, GRANULES, 2]
+    num_granules,  # int32 [slots, slot_entries]
     tiles,  # int32 [capacity, 3]
     partial,  # fp32 [split, num_rows, len(MODULES) * GRANULES * RANK]
-    layer,
+    slot_entries,  # layers * modules, of the tables
+    first_entry,  # of this layer
     num_rows,
     x_stride,
     MODULES: tl.constexpr,  # of the projections
-    NUM_LAYERS: tl.constexpr,
-    NUM_MODULES: tl.constexpr,
     GRANULES: tl.constexpr,
     RANK: tl.constexpr,
     K: tl.constexpr,
@@ -72,7 +71,7 @@ def _shrink(
     module = MODULES[0]
     for i in tl.static_range(1, len(MODULES)):
         module = tl.where(part >= i * GRANULES, MODULES[i], module)
-    entry = (slot * NUM_LAYERS + layer) * NUM_MODULES + module
+    entry = slot * slot_entries + first_entry + module
     granule = part % GRANULES
     if granule >= tl.load(num_granules + entry):
         return
@@ -102,23 +101,22 @@ def _shrink(
     tl.store(partial + at[:, None] + j[None, :], v, mask=is_row[:, None])
 
 
-@triton.jit(do_not_specialize=["layer", "num_rows"])
+@triton.jit(do_not_specialize=["slot_entries", "first_entry", "num_rows"])
 def _expand(
     y,  # [num_rows, N]
     partial,  # fp32 [SPLIT, num_rows, len(MODULES) * GRANULES * RANK]
     arena,  # in the weights' dtype
-    offset,  # int64 [slots, NUM_LAYERS, NUM_MODULES, GRANULES, 2]
-    scale,  # fp32 [slots, NUM_LAYERS, NUM_MODULES, GRANULES]
-    num_granules,  # int32 [slots, NUM_LAYERS, NUM_MODULES]
+    offset,  # int64 [slots, slot_entries, GRANULES, 2]
+    scale,  # fp32 [slots, slot_entries, GRANULES]
+    num_granules,  # int32 [slots, slot_entries]
     tiles,  # int32 [capacity, 3]
-    layer,
+    slot_entries,  # layers * modules, of the tables
+    first_entry,  # of this layer
     num_rows,
     y_stride,
     MODULES: tl.constexpr,  # of the projections
     COLUMNS: tl.constexpr,  # where they start in y
     WIDTHS: tl.constexpr,
-    NUM_LAYERS: tl.constexpr,
-    NUM_MODULES: tl.constexpr,
     GRANULES: tl.constexpr,
     RANK: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -147,7 +145,7 @@ def _expand(
         module = tl.where(is_here, MODULES[i], module)
         column = tl.where(is_here, COLUMNS[i], column)
         width = tl.where(is_here, WIDTHS[i], width)
-    entry = (slot * NUM_LAYERS + layer) * NUM_MODULES + module
+    entry = slot * slot_entries + first_entry + module
     count = tl.load(num_granules + entry)
     if count == 0:
         return
@@ -229,12 +227,11 @@ def shrink(
         tables.num_granules,
         tiles,
         partial,
-        layer,
+        num_layers * num_modules,
+        layer * num_modules,
         num_rows,
         x.stride(0),
         MODULES=tuple(projection.module for projection in projections),
-        NUM_LAYERS=num_layers,
-        NUM_MODULES=num_modules,
         GRANULES=granules,
         RANK=GRANULE_RANK,
         K=k,
@@ -275,14 +272,13 @@ def expand(
         tables.scale,
         tables.num_granules,
         tiles,
-        layer,
+        num_layers * num_modules,
+        layer * num_modules,
         y.shape[0],
         y.stride(0),
         MODULES=modules,
         COLUMNS=columns,
         WIDTHS=widths,
-        NUM_LAYERS=num_layers,
-        NUM_MODULES=num_modules,
         GRANULES=granules,
         RANK=GRANULE_RANK,
         SPLIT=partial.shape[0],

@@ -1,19 +1,22 @@
 """The table of linear paths: measured on a device, kept in the user's cache, read by `serve`."""
 
 import json
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from loraplex_kernels.cases import CaseMaker, LinearShape
+from loraplex_kernels.cases import CaseMaker, LinearShape, Prepared
 from loraplex_kernels.cases.table import mixed_ranks, mixed_slots
-from loraplex_kernels.check import Timer
+from loraplex_kernels.check import Timer, brief
 from loraplex_kernels.gpu.paths import UNMEASURED, LinearPath, PathTable, Steps
 from loraplex_kernels.isolated import Progress
 from loraplex_kernels.ops import Ops
 from loraplex_kernels.segments import LONG_TILE_ROWS
 from loraplex_kernels.verdicts import FOLDER, Environment, write_json
+
+log = logging.getLogger(__name__)
 
 FORMAT = 1
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -31,34 +34,60 @@ def measure(
     timer: Timer,
     progress: Progress = lambda done, total: None,
 ) -> PathTable:
-    """Time each path that may be used, on batches of mixed adapters, and keep the quickest."""
+    """Time each path that may be used, on batches of mixed adapters, and keep the quickest.
+
+    A path that raises is not taken for that shape, at any rows; where bitsandbytes' own does, there
+    is nothing to fall back on, and the shape is left out.
+    """
     ops = {path: ops_of(PathTable({}, ((1, path),))) for path in usable}
     linears = make.shapes.linears
     measured: dict[tuple[int, int], Steps] = {}
     for index, linear in enumerate(linears):
-        times: dict[int, dict[LinearPath, float]] = {}
+        trial = _Trial(make, linear, ops, timer)
         for rows in ROWS:
-            times[rows] = _times(make, linear, rows, ops, timer)
-            progress(index * len(ROWS) + len(times), len(linears) * len(ROWS))
-        measured[linear.out_features, linear.in_features] = steps_of(times)
+            trial.add(rows)
+            progress(index * len(ROWS) + len(trial.by_rows), len(linears) * len(ROWS))
+        if LinearPath.BITSANDBYTES in trial.usable:
+            measured[linear.out_features, linear.in_features] = steps_of(trial.of_usable())
     return PathTable(measured)
 
 
-def _times(
-    make: CaseMaker,
-    linear: LinearShape,
-    rows: int,
-    ops: Mapping[LinearPath, Ops],
-    timer: Timer,
-) -> dict[LinearPath, float]:
-    ranks = mixed_ranks(linear, make.max_rank)
-    prepared = make.nf4_linear(linear, ranks, mixed_slots(rows)).prepare()
-    prepared.poison()
-    return {
-        path: timer(partial(prepared.call, own))
-        for path, own in ops.items()
-        if path is not LinearPath.FUSED or rows <= LONG_TILE_ROWS
-    }
+class _Trial:
+    """The times of one linear. Mutable: `by_rows`, and `usable`, the paths that never raised."""
+
+    def __init__(
+        self, make: CaseMaker, linear: LinearShape, ops: Mapping[LinearPath, Ops], timer: Timer
+    ) -> None:
+        self.by_rows: dict[int, dict[LinearPath, float]] = {}
+        self.usable = set(ops)
+        self._make = make
+        self._linear = linear
+        self._ops = ops
+        self._timer = timer
+
+    def add(self, rows: int) -> None:
+        times: dict[LinearPath, float] = {}
+        self.by_rows[rows] = times
+        for path, ops in self._ops.items():
+            if path in self.usable and (path is not LinearPath.FUSED or rows <= LONG_TILE_ROWS):
+                try:
+                    times[path] = self._timer(partial(self._prepared(rows).call, ops))
+                except Exception as raised:  # whatever a compiler or a driver comes up with
+                    self.usable.remove(path)
+                    shape = self._linear.out_features, self._linear.in_features
+                    log.warning("%s is left out for %dx%d: %s", path.value, *shape, brief(raised))
+
+    def _prepared(self, rows: int) -> Prepared:
+        ranks = mixed_ranks(self._linear, self._make.max_rank)
+        prepared = self._make.nf4_linear(self._linear, ranks, mixed_slots(rows)).prepare()
+        prepared.poison()
+        return prepared
+
+    def of_usable(self) -> Times:
+        return {
+            rows: {path: seconds for path, seconds in times.items() if path in self.usable}
+            for rows, times in self.by_rows.items()
+        }
 
 
 def steps_of(times: Times) -> Steps:
@@ -89,7 +118,7 @@ def load_paths(environment: Environment, dtype: str, cache: Path) -> PathTable:
 
 
 def save_paths(environment: Environment, dtype: str, cache: Path, table: PathTable) -> Path:
-    """Beside what other devices measured, and this one for other models."""
+    """Beside what other devices measured, and this one for other models; the file's path."""
     known = load_paths(environment, dtype, cache)
     own = {"for": _identity(environment, dtype), "linears": {**known.plain(), **table.plain()}}
     stored = _read(cache)
@@ -103,6 +132,7 @@ def _identity(environment: Environment, dtype: str) -> dict[str, str]:
         "sources": environment.sources,
         "triton": environment.triton_version,
         "torch": environment.torch_version,
+        "bitsandbytes": environment.bitsandbytes_version,
         "driver": environment.driver,
         "dtype": dtype,
     }

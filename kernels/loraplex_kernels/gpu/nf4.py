@@ -91,15 +91,16 @@ def _add_lora(
     token,  # row of out, that acc begins with; a multiple of _TILE
     partial,  # fp32 [split, num_rows, projections * granules * _RANK], as lora.shrink leaves it
     arena,  # in the adapters' dtype
-    offset,  # int64 [slots, layers, modules, granules, 2]
-    scale,  # fp32 [slots, layers, modules, granules]
-    num_granules,  # int32 [slots, layers, modules]
+    offset,  # int64 [slots, slot_entries, granules, 2]
+    scale,  # fp32 [slots, slot_entries, granules]
+    num_granules,  # int32 [slots, slot_entries]
     tiles,  # int32 [capacity, 3]
     starts,  # int32 [ceil(num_rows / _TILE) + 1]
-    layer,
+    slot_entries,  # layers * modules, of the tables
+    first_entry,  # of this layer
     num_rows,
     PROJECTIONS: tl.constexpr,  # (module, column, width) of each
-    ADAPTERS: tl.constexpr,  # layers, modules, granules, split
+    ADAPTERS: tl.constexpr,  # granules, split
 ):
     """acc + scale * B v, v the sum of the partials, for every row with an adapter.
 
@@ -108,9 +109,7 @@ def _add_lora(
     many adapters wait for memory together. Loaded weights are finite, and 0 times them is 0. What
     no tile or granule covers is not read: it was never written.
     """
-    num_layers: tl.constexpr = ADAPTERS[0]
-    num_modules: tl.constexpr = ADAPTERS[1]
-    granules: tl.constexpr = ADAPTERS[2]
+    granules: tl.constexpr = ADAPTERS[0]
     row_size: tl.constexpr = len(PROJECTIONS) * granules * _RANK
     n = column + tl.arange(0, acc.shape[0])
     row = token + tl.arange(0, acc.shape[1])[None, :]
@@ -134,7 +133,7 @@ def _add_lora(
                 row_lo = tl.load(tiles + tile * 3 + 1, mask=is_tile, other=0)[:, None]
                 row_hi = tl.load(tiles + tile * 3 + 2, mask=is_tile, other=0)[:, None]
                 is_row = (row >= row_lo) & (row < row_hi)
-                entry = (slot * num_layers + layer) * num_modules + module
+                entry = slot * slot_entries + first_entry + module
                 count = tl.load(num_granules + entry, mask=is_tile, other=0)
                 v_at = partial + (row * row_size).to(tl.int64) + (j + p * granules * _RANK)[:, None]
                 for granule in tl.range(0, tl.max(count, 0), num_stages=1):
@@ -147,7 +146,7 @@ def _add_lora(
                     is_mine = is_row & has[:, None]
                     is_used = tl.max(is_mine.to(tl.int32), 0, keep_dims=True) > 0
                     v = tl.zeros((_RANK, acc.shape[1]), tl.float32)
-                    for s in tl.static_range(ADAPTERS[3]):
+                    for s in tl.static_range(ADAPTERS[1]):
                         part_at = v_at + num_rows.to(tl.int64) * (s * row_size)
                         v += tl.load(part_at, mask=is_used, other=0.0)
                     v = tl.broadcast_to(v[None, :, :], (_CHUNK, _RANK, acc.shape[1]))
@@ -159,7 +158,7 @@ def _add_lora(
     return acc
 
 
-@triton.jit(do_not_specialize=["layer", "num_rows"])
+@triton.jit(do_not_specialize=["slot_entries", "first_entry", "num_rows"])
 def _linear(
     x,  # [num_rows, K]
     codes,  # uint8 [N, K / 2]
@@ -172,7 +171,8 @@ def _linear(
     num_granules,
     tiles,
     starts,
-    layer,
+    slot_entries,
+    first_entry,
     num_rows,
     x_stride,
     out_stride,
@@ -222,7 +222,8 @@ def _linear(
             num_granules,
             tiles,
             starts,
-            layer,
+            slot_entries,
+            first_entry,
             num_rows,
             PROJECTIONS,
             ADAPTERS,
@@ -233,7 +234,7 @@ def _linear(
     tl.store(at, acc.to(out.dtype.element_ty), mask=is_mine)
 
 
-@triton.jit(do_not_specialize=["layer", "num_rows"])
+@triton.jit(do_not_specialize=["slot_entries", "first_entry", "num_rows"])
 def _merge(
     parts,  # fp32 [SLICES, num_rows, N]
     out,  # [num_rows, N]
@@ -244,7 +245,8 @@ def _merge(
     num_granules,
     tiles,
     starts,
-    layer,
+    slot_entries,
+    first_entry,
     num_rows,
     out_stride,
     PROJECTIONS: tl.constexpr,
@@ -277,7 +279,8 @@ def _merge(
             num_granules,
             tiles,
             starts,
-            layer,
+            slot_entries,
+            first_entry,
             num_rows,
             PROJECTIONS,
             ADAPTERS,
@@ -345,7 +348,7 @@ def nf4_linear(
     adapters, shape = _NO_ADAPTERS
     if lora.has_adapters:
         partial = lora_kernels.shrink(launch, x, lora, layer, projections, workspace, target)
-        adapters, shape = _adapter_arguments(lora, projections, partial)
+        adapters, shape = _adapter_arguments(lora, layer, projections, partial)
     is_cut = num_slices > 1
     product = (
         workspace.take("nf4_parts", (num_slices, num_rows, n), torch.float32) if is_cut else out
@@ -358,7 +361,6 @@ def nf4_linear(
         weight.absmax,
         product,
         *(_NO_ADAPTERS[0] if is_cut else adapters),
-        layer,
         num_rows,
         x.stride(0),
         product.stride(-2),
@@ -379,7 +381,6 @@ def nf4_linear(
             product,
             out,
             *adapters,
-            layer,
             num_rows,
             out.stride(0),
             **shape,
@@ -407,16 +408,16 @@ def dequantize(launch: Launch, weight: NF4Weight, out: Tensor) -> None:
     )
 
 
-_NO_ADAPTERS: tuple[tuple[Tensor | None, ...], dict[str, Any]] = (
-    (None,) * 7,
+_NO_ADAPTERS: tuple[tuple[Tensor | int | None, ...], dict[str, Any]] = (
+    (*(None,) * 7, 0, 0),
     {"PROJECTIONS": (), "ADAPTERS": ()},
 )
 
 
 def _adapter_arguments(
-    lora: LoraInput, projections: tuple[Projection, ...], partial: Tensor
-) -> tuple[tuple[Tensor | None, ...], dict[str, Any]]:
-    """What `_add_lora` takes: pointers, and what is compiled in."""
+    lora: LoraInput, layer: int, projections: tuple[Projection, ...], partial: Tensor
+) -> tuple[tuple[Tensor | int | None, ...], dict[str, Any]]:
+    """What `_add_lora` takes, `partial` to `first_entry`, and what is compiled in."""
     tables, tiles = lora.tables, lora.tiles
     assert tiles is not None
     _, num_layers, num_modules, granules = tables.scale.shape
@@ -424,9 +425,10 @@ def _adapter_arguments(
     pointers = (partial, arena, tables.offset, tables.scale, tables.num_granules)
     shape = {
         "PROJECTIONS": tuple(tuple(projection) for projection in projections),
-        "ADAPTERS": (num_layers, num_modules, granules, partial.shape[0]),
+        "ADAPTERS": (granules, partial.shape[0]),
     }
-    return (*pointers, tiles.short, tiles.starts), shape
+    entries = (num_layers * num_modules, layer * num_modules)
+    return (*pointers, tiles.short, tiles.starts, *entries), shape
 
 
 def _slice_size(n: int, k: int, tokens: int, programs: int, config: dict[str, int]) -> int:

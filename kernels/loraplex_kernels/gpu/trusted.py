@@ -82,4 +82,8 @@ def measured_paths(
 
 def warn(failures: Failures) -> None:
     for kernel, why in sorted(failures.items()):
-        log.warning("the kernel %s is not used, torch does its work: %s", kernel, why)
+        log.warning(
+            "the kernel %s is not used, torch does its work: %s; loraplex check --save tries again",
+            kernel,
+            why,
+        )

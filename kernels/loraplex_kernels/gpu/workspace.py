@@ -9,8 +9,8 @@ from torch import Tensor
 class Workspace:
     """Named buffers that are made once and reused by every layer of every step.
 
-    Mutable: `_buffers`, each as large as was ever asked for, and `_retired`, the smaller ones
-    before them: a captured graph may still point there.
+    Mutable: `_buffers`, and `_retired`, those that became too small: a captured graph may still
+    point there. Sizes are powers of two, so that all the retired ones are smaller than the last.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -25,10 +25,7 @@ class Workspace:
         if buffer is None or buffer.numel() < size:
             if buffer is not None:
                 self._retired.append(buffer)
-            buffer = torch.empty(size, dtype=dtype, device=self._device)
+            capacity = 1 << (size - 1).bit_length()
+            buffer = torch.empty(capacity, dtype=dtype, device=self._device)
             self._buffers[name, dtype] = buffer
         return buffer[:size].view(shape)
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(b.nbytes for b in [*self._buffers.values(), *self._retired])

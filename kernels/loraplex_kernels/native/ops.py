@@ -165,6 +165,7 @@ class NativeOps(TorchOps):
             if segment.hi - segment.lo >= LONG_SEGMENT:
                 self.lora_segment_(y, x, lora, layer, projections, segment)
         tables = lora.tables
+        assert lora.segment_table is not None
         _, layers, modules, granules = tables.scale.shape
         self._call(
             "lora",

@@ -91,15 +91,16 @@ def _attention(rows: Seq[Scheduled], starts: list[int], memory: DeviceMemory) ->
 
 
 def _lora(slots: list[int], memory: DeviceMemory) -> LoraInput:
-    segments = segments_of(slots)
+    segments, device = segments_of(slots), memory.arena.device
+    with_tiles = memory.with_tiles
     return LoraInput(
         arena=memory.arena,
         dtype=memory.adapter_dtype,
         tables=memory.tables,
         has_adapters=bool(segments),
         segments=segments,
-        segment_table=_table(segments, memory.arena.device).view(-1, 3),
-        tiles=_tiles(segments, len(slots), memory.arena.device) if memory.with_tiles else None,
+        segment_table=None if with_tiles else _table(segments, device).view(-1, 3),
+        tiles=_tiles(segments, len(slots), device) if with_tiles else None,
     )
 
 

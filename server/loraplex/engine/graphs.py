@@ -35,8 +35,8 @@ from loraplex.model.decoder import DecoderInput
 
 log = logging.getLogger(__name__)
 
-MAX_BYTES = 1 << 30
-"""No further graph is captured once they hold more."""
+MAX_BYTES = 512 << 20
+"""No further graph is captured once they hold more; so much is left free for them."""
 
 ALIGNMENT = 64  # bytes; kernels are compiled for pointers that 16 divides
 
@@ -187,7 +187,7 @@ class DecodeInputs:
                 tables=memory.tables,
                 has_adapters=True,
                 segments=(),
-                segment_table=self._nothing.view(0, 3),
+                segment_table=None,
                 tiles=LoraTiles(
                     short=fields.tiles[:num_rows],
                     starts=fields.tile_starts[: -(-num_rows // TILE_ROWS) + 1],
@@ -224,12 +224,13 @@ class DecodeInputs:
         """Those that changed, and what lies between them: most steps change a few or none."""
         changed = [row for row, table in enumerate(tables) if self._tables[row] != table]
         for row in changed:
-            self._tables[row] = list(tables[row])
             # What stands behind it stays: blocks of an older table, which no context reaches.
             self._image.block_tables[row, : len(tables[row])] = torch.tensor(tables[row])
         if changed:
             between = slice(changed[0], changed[-1] + 1)
             self._send(self._image.block_tables[between], self._fields.block_tables[between])
+        for row in changed:  # once they are on their way: a step that fails here sends them again
+            self._tables[row] = list(tables[row])
 
     def _send(self, image: Tensor, device: Tensor) -> None:
         self._stream.copy(device, image)
@@ -319,6 +320,10 @@ def capture_on_cuda(
     stream = CudaCopyStream(compute, compute)
     inputs = DecodeInputs(memory, max_rows, max_blocks, stream)
     return DecodeGraphs.capture(forward, inputs, CudaCapturer(device), progress)
+
+
+Capture = Callable[[Forward, DeviceMemory, int, int, Callable[[int, int], None]], DecodeGraphs]
+"""As `capture_on_cuda`."""
 
 
 class CudaCapturer:

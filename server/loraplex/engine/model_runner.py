@@ -5,14 +5,16 @@ from dataclasses import dataclass
 
 import torch
 from loraplex_kernels.ops import Ops
+from loraplex_kernels.segments import LONG_TILE_ROWS
 from loraplex_kernels.tables import GRANULE_RANK, AdapterTables
 from torch import Tensor
 
 from loraplex.adapters.packing import PackedAdapter
 from loraplex.engine.batch import DeviceMemory, build_input
-from loraplex.engine.graphs import DecodeGraphs, capture_on_cuda
+from loraplex.engine.graphs import Capture, DecodeGraphs, capture_on_cuda
 from loraplex.engine.sampler import sample
 from loraplex.engine.scheduler import Sampled, Scheduled
+from loraplex.engine.sequence import SamplingParams, Sequence, StopParams
 from loraplex.engine.transfer import copier_for
 from loraplex.model.config import MODULES, ModelConfig
 from loraplex.model.decoder import Activations, Decoder, DecoderInput
@@ -77,18 +79,32 @@ class ModelRunner:
             config.max_slots, model.num_layers, len(MODULES), config.max_rank, config.device
         )
         self._memory = DeviceMemory(arena, dtype, tables, block.tokens, ops.uses_tiles)
+        self._max_rows = config.max_rows
         self._max_running = min(config.max_running, config.max_rows)
         self._graphs: DecodeGraphs | None = None
         self._activations = Activations.allocate(
             model, dtype, config.device, config.max_rows, config.max_running
         )
 
-    def capture_graphs(self, progress: Progress) -> None:
-        """On CUDA, before the first step: from then on steps of decode rows are replayed."""
+    def warm_up(self) -> None:
+        """Each kind of step once, before there are requests: what cannot run raises here.
+
+        Slot 0 holds nothing yet, but its kernels are compiled; the blocks are nobody's.
+        """
+        size = self._memory.block_tokens
+        room = min(self._max_rows, len(self._blocks) * size)
+        for num_tokens in (1, 2, LONG_TILE_ROWS + 1):
+            num_tokens = min(num_tokens, room)
+            sequence = Sequence(
+                "warm-up", [0] * num_tokens, SamplingParams(), StopParams(1), slot=0
+            )
+            sequence.block_table = list(range(-(-num_tokens // size)))
+            self.run([Scheduled(sequence, 0, num_tokens, samples=True)])
+
+    def capture_graphs(self, progress: Progress, capture: Capture = capture_on_cuda) -> None:
+        """Before the first step: from then on steps of decode rows are replayed."""
         max_blocks = -(-self._decoder.config.context_length // self._memory.block_tokens)
-        self._graphs = capture_on_cuda(
-            self._forward, self._memory, self._max_running, max_blocks, progress
-        )
+        self._graphs = capture(self._forward, self._memory, self._max_running, max_blocks, progress)
 
     def run(self, rows: Seq[Scheduled]) -> list[Sampled]:
         """One forward pass over all rows; what was drawn for those that sample, in order."""

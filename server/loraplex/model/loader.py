@@ -114,7 +114,8 @@ class _Reader:
 
     def _weight(self, name: str, shape: tuple[int, int]) -> NF4Weight:
         if not self._is_quantized:
-            return nf4.quantize(self._checkpoint.read_float(f"{name}.weight", shape))
+            full = self._checkpoint.read_float(f"{name}.weight", shape)
+            return nf4.quantize(full.to(self._options.device))
         prefix = f"{name}.weight"
         if f"{prefix}.{nf4.QUANT_STATE_KEY}" not in self._checkpoint:
             raise ModelError(

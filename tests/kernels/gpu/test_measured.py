@@ -17,7 +17,7 @@ from loraplex_kernels.verdicts import Environment
 from torch import Tensor
 
 F, B, D = LinearPath.FUSED, LinearPath.BITSANDBYTES, LinearPath.DEQUANTIZED
-ENVIRONMENT = Environment("abc", "3.9.0", "2.13.0", "NVIDIA H100", "9.0", "550.54")
+ENVIRONMENT = Environment("abc", "3.9.0", "2.13.0", "0.50.2", "NVIDIA H100", "9.0", "550.54")
 DTYPE = "torch.bfloat16"
 TABLE = PathTable({(4096, 14336): ((1, B), (8, F), (65, D)), (10, 64): ((1, B),)})
 
@@ -91,6 +91,56 @@ def test_measuring() -> None:
     assert set(without.measured.values()) == {((1, B), (512, D))}
 
 
+class RaisingOps(TimedOps):
+    """Of one shape and from so many rows on, it cannot be run."""
+
+    def __init__(self, clock: list[float], seconds: Callable[[int], float], rows: int) -> None:
+        super().__init__(clock, seconds)
+        self._rows = rows
+
+    def linear(
+        self,
+        x: Tensor,
+        weight: BaseWeight,
+        lora: LoraInput,
+        layer: int,
+        projections: tuple[Projection, ...],
+        out: Tensor,
+    ) -> None:
+        if out.shape[1] == 256 and x.shape[0] >= self._rows:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        super().linear(x, weight, lora, layer, projections, out)
+
+
+@pytest.mark.parametrize(
+    ("raising", "steps"),
+    [
+        (F, ((1, B), (512, D))),  # not even at the rows where it could be run
+        (D, ((1, F), (32, B))),
+        (B, None),
+    ],
+)
+def test_a_path_that_raises_is_left_out(raising: LinearPath, steps: Steps | None) -> None:
+    clock = [0.0]
+
+    def ops_of(table: PathTable) -> TimedOps:
+        path = table.choose(1, 1, 1)
+        rows = 16 if path is raising else 10_000
+        return RaisingOps(clock, SECONDS[path], rows)
+
+    def timer(call: Callable[[], None]) -> float:
+        before = clock[0]
+        call()
+        return clock[0] - before
+
+    shapes = ModelShapes("tiny", 64, 128, 2, 1, 32, 2)
+    make = CaseMaker(shapes, torch.device("cpu"), torch.float32, 16)
+    measured = dict(measure(make, LinearPath, ops_of, timer).measured)
+    assert measured.pop((256, 64), None) == steps
+    assert set(measured) == {(128, 64), (64, 64), (64, 128)}
+    assert set(measured.values()) == {((1, F), (32, B), (512, D))}
+
+
 def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     path = save_paths(ENVIRONMENT, DTYPE, tmp_path / "new", TABLE)
     assert path.exists()
@@ -112,7 +162,9 @@ def test_other_models_and_devices_stay(tmp_path: Path) -> None:
     assert load_paths(other, DTYPE, tmp_path).measured == {(10, 64): ((1, F),)}
 
 
-@pytest.mark.parametrize("field", ["sources", "triton_version", "torch_version", "driver"])
+@pytest.mark.parametrize(
+    "field", ["sources", "triton_version", "torch_version", "bitsandbytes_version", "driver"]
+)
 def test_what_other_kernels_took_is_not_used(tmp_path: Path, field: str) -> None:
     save_paths(ENVIRONMENT, DTYPE, tmp_path, TABLE)
     changed = replace(ENVIRONMENT, **{field: "other"})

@@ -51,6 +51,7 @@ def test_a_kernel_that_fails_is_replaced_and_named(
         ops = ops_after(checker, tmp_path)
         (warning,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
         assert warning.startswith("the kernel attention is not used, torch does its work: off by ")
+        assert warning.endswith("; loraplex check --save tries again")
         assert not ops.can_be_captured
         case = CaseMaker(SHAPES, CPU, DTYPE, 32).attention("", [(20, 1), (9, 9)])
         prepared = case.prepare()

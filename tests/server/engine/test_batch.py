@@ -59,6 +59,7 @@ def test_a_mixed_step() -> None:
 
     lora = step.lora
     assert lora.segments == (Segment(1, 1, 7), Segment(3, 7, 12))
+    assert lora.segment_table is not None
     assert lora.segment_table.tolist() == [[1, 1, 7], [3, 7, 12]]
     assert lora.segment_table.dtype == torch.int32
     assert lora.arena is shared.arena
@@ -83,6 +84,7 @@ def test_tiles_for_ops_that_ask_for_them() -> None:
     assert tiles.short.tolist() == [[1, 1, 7], [3, 7, 12]]
     assert tiles.starts.tolist() == [0, 2, 2, 2, 2, 2]
     assert tiles.long.tolist() == [[2, 12, 76], [2, 76, 77]]
+    assert step.lora.segment_table is None
     assert build_input(ROWS, memory()).lora.tiles is None
 
 
@@ -91,4 +93,5 @@ def test_a_step_without_adapters_or_samples() -> None:
     assert step.logits_rows.shape == (0,)
     assert step.logits_rows.dtype == torch.int64
     assert step.lora.segments == ()
+    assert step.lora.segment_table is not None
     assert step.lora.segment_table.shape == (0, 3)

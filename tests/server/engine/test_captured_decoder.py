@@ -104,7 +104,7 @@ def test_replays_are_the_eager_steps(path: str) -> None:
     llama.step(third, *twins)
     llama.model.bind(0, OTHER_RANKS)
     llama.step(base[2], first, *[llama.sequence(num_tokens, 0) for num_tokens in (1, 128)], third)
-    llama.model.tables.clear(0)
+    llama.model.tables.write(0, [])
     first.block_table = llama.model.take_kv(first.num_tokens)
     llama.step(first)
 

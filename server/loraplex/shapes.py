@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
+import torch
 from loraplex_kernels.cases import ModelShapes
 
 from loraplex.config import DEFAULT_MODEL
+from loraplex.engine.model_runner import block_shape
 from loraplex.model.config import ModelConfig, read_model_config
 from loraplex.model.hub import resolve_model
 
@@ -30,6 +32,8 @@ def read_shapes(name: str, cache: Path) -> ModelShapes:
 
 
 def shapes_of(name: str, config: ModelConfig) -> ModelShapes:
+    """With the arena's block as `serve` makes it, where KV and adapters are of one dtype."""
+    block = block_shape(config, torch.bfloat16, torch.bfloat16)
     return ModelShapes(
         name=name,
         hidden_size=config.hidden_size,
@@ -38,4 +42,5 @@ def shapes_of(name: str, config: ModelConfig) -> ModelShapes:
         num_kv_heads=config.num_kv_heads,
         head_dim=config.head_dim,
         num_layers=config.num_layers,
+        block_tokens=block.tokens,
     )

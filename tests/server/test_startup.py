@@ -1,0 +1,65 @@
+"""What goes wrong between a loaded model and the ready line is said in one line."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from loraplex.config import ServeConfig
+from loraplex.device import Device
+from loraplex.engine.model_runner import BlockShape
+from loraplex.errors import StartupError
+from loraplex.startup import Base, Memory, build_runner, plan_memory
+from loraplex_kernels.reference import TorchOps
+
+from tests.server.engine.tiny_llama import CONFIG, CPU, TinyLlama
+
+SETTINGS = ServeConfig(store=Path("store"), cache=Path("cache"), max_rank=16, max_slots=1)
+
+
+class Raising(TorchOps):
+    """On a device that has no such kernel."""
+
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+
+    def base_linear(self, *_: Any) -> None:
+        raise self._error
+
+
+def base(ops: TorchOps, device: str = "cpu") -> Base:
+    return Base(
+        name="tiny",
+        identity="0",
+        config=CONFIG,
+        defaults=cast(Any, None),
+        tokenizer=cast(Any, None),
+        decoder=TinyLlama(torch.float32, 16, 1).decoder,
+        ops=ops,
+        device=Device(device, CPU, torch.float32),
+    )
+
+
+MEMORY = Memory(16, BlockShape(16, 16 * 2 * CONFIG.num_layers * 64 * 4))
+
+
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [
+        (RuntimeError("no kernel image"), "a trial step failed on this device: no kernel image"),
+        (torch.OutOfMemoryError("..."), "--memory leaves too little"),
+    ],
+)
+def test_a_device_that_cannot_run_a_step_serves_nobody(error: Exception, why: str) -> None:
+    with pytest.raises(StartupError, match=why):
+        build_runner(SETTINGS, base(Raising(error)), MEMORY)
+
+
+def test_room_is_left_for_what_the_steps_need() -> None:
+    on_gpu = base(TorchOps(), "cuda")  # its memory is still the host's, for this test
+    with_graphs = plan_memory(SETTINGS, on_gpu).size
+    without = plan_memory(replace(SETTINGS, cuda_graphs=False), on_gpu).size
+    assert without >= with_graphs
+    with pytest.raises(StartupError, match="beside what the steps need"):
+        plan_memory(replace(SETTINGS, memory=1 << 50), on_gpu)
