@@ -54,7 +54,10 @@ the memory bandwidth that NVIDIA states (H100 3.35, A100 2.04, L4 0.30 TB/s): ar
 
 def main(argv: Sequence[str]) -> int:
     """The exit code: 0, or 130 after Ctrl-C."""
-    args = _build_parser().parse_args(argv)
+    parser = _build_parser()
+    args = parser.parse_args(argv)
+    if args.save is not None and not torch.cuda.is_available():
+        parser.error("--save keeps what was measured, and there is no GPU here")
     command = shlex.join(["python", "benchmarks/kernel_speed.py", *argv])
     try:
         record, text = _benchmark(args, command)
@@ -78,7 +81,8 @@ def _benchmark(args: argparse.Namespace, command: str) -> tuple[dict[str, Any], 
         found = [line for line, _ in lines(models, wanted, torch.device("meta"), torch.bfloat16)]
         note, resources = _compiled()
         record: dict[str, Any] = {"environment": about, "device": None, "lines": as_json(found)}
-        return record, "\n\n".join([NO_GPU, floors(found), note, resources]) + "\n"
+        parts = [NO_GPU, floors(found), note, resources, "No GPU here: nothing of this was run."]
+        return record, "\n\n".join(parts) + "\n"
     device = torch.device("cuda")
     bandwidth = copy_bytes_per_second(device)
     found = list(_measured(args, wanted, device, bandwidth))

@@ -67,24 +67,29 @@ def human_bytes(count: int) -> str:
 
 
 def write_table(header: Sequence[str], rows: Sequence[Sequence[str]], out: TextIO) -> None:
-    """A drawn table on a terminal, aligned columns in a pipe."""
+    """A drawn table on a terminal that is wide enough, else aligned columns, as in a pipe."""
     cells = [[one_line(cell) for cell in row] for row in rows]
-    if out.isatty():
-        _draw_table(header, cells, out)
-    else:
+    if not out.isatty() or not _draw_table(header, cells, out):
         _write_columns([header, *cells], out)
 
 
-def _draw_table(header: Sequence[str], rows: Sequence[Sequence[str]], out: TextIO) -> None:
+def _draw_table(header: Sequence[str], rows: Sequence[Sequence[str]], out: TextIO) -> bool:
+    """False, and nothing drawn, where cells would be cut."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
+    from rich.measure import Measurement
     from rich.table import Table
     from rich.text import Text
 
     table = Table(*header, box=SIMPLE_HEAD, pad_edge=False)
     for row in rows:
         table.add_row(*map(Text, row))
-    Console(file=out).print(table)
+    console = Console(file=out)
+    wanted = Measurement.get(console, console.options.update(max_width=10_000), table).maximum
+    if wanted > console.width:
+        return False
+    console.print(table)
+    return True
 
 
 def _write_columns(lines: Sequence[Sequence[str]], out: TextIO) -> None:

@@ -89,7 +89,7 @@ def _judge(prepared: Prepared, ops: Ops, limit: float) -> tuple[float | None, st
     if not prepared.is_intact():
         return error, "wrote outside its output"
     if error > limit:
-        return error, f"off by {error:.1e}, where {limit:.0e} is allowed"
+        return error, f"off by {error:.2e}, where {limit:.0e} is allowed"
     return error, None
 
 

@@ -114,8 +114,8 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--dtype",
         choices=("bfloat16", "float16", "float32"),
-        help="of activations, KV and adapters (default: bfloat16; float32 on a CPU only, float16 "
-        "with triton-interpret only, where it is the default)",
+        help="of activations, KV and adapters (default: bfloat16, which is all that cuda has; cpu "
+        "has float32 too; triton-interpret has all three, float16 by default)",
     )
     group.add_argument(
         "--context-length", type=_positive, metavar="N", help="default: what the model allows"

@@ -114,6 +114,9 @@ def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert out.startswith("No GPU here: nothing below was run.")
     assert "| Qwen2.5-7B | nf4_linear down | 8 | 16 | distinct | 8 |" in out
     assert "Compiled ahead of time" in out
+    with pytest.raises(SystemExit):
+        kernel_speed.main(["--save", "nothing"])
+    assert "there is no GPU here" in capsys.readouterr().err
 
 
 def test_a_way_that_cannot_run_is_left_out(caplog: pytest.LogCaptureFixture) -> None:

@@ -76,6 +76,16 @@ def test_tables() -> None:
     assert pipe.getvalue() == "NAME        N\na           1\n[bold]long  2 3\n"
     write_table(("NAME", "N"), rows, screen)
     assert "[bold]long" in screen.getvalue()
+    assert "───" in screen.getvalue()
+
+
+def test_a_table_that_a_terminal_would_cut_is_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    rows = [("attention", "decode at a context of 1024 tokens", "4.2e-04", "ok")]
+    pipe, screen = io.StringIO(), Screen()
+    write_table(("KERNEL", "CASE", "ERROR", "VERDICT"), rows, pipe)
+    write_table(("KERNEL", "CASE", "ERROR", "VERDICT"), rows, screen)
+    assert screen.getvalue() == pipe.getvalue()
 
 
 def test_a_progress_bar_is_for_terminals() -> None:

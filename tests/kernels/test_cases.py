@@ -38,7 +38,7 @@ def test_torch_passes_every_case(scale: Scale, dtype: torch.dtype) -> None:
         prepared.poison()
         expected = prepared.expected()
         result = prepared.run(TorchOps())
-        # Torch's form of the linear rounds the weight to bf16 whatever the activations are.
+        # Torch's form of the linear rounds the weight to bf16 in fp16 too, the fused one does not.
         is_rounded = case.kernel == "nf4_linear" and dtype is torch.float16
         limit = LIMITS[torch.bfloat16 if is_rounded else dtype]
         assert relative_error(result, expected) < limit, case

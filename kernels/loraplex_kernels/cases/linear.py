@@ -12,6 +12,7 @@ from loraplex_kernels.cases.prepared import Prepared, joined
 from loraplex_kernels.cases.shapes import LinearShape
 from loraplex_kernels.nf4 import BLOCK_SIZE, BaseWeight, NF4Weight
 from loraplex_kernels.ops import Ops
+from loraplex_kernels.segments import LONG_TILE_ROWS
 
 CHUNK = 4096
 """Outputs whose weights are in fp32 at one time."""
@@ -86,11 +87,14 @@ class PreparedLinear(Prepared):
     def _dequantized(self, lo: int, hi: int) -> Tensor:
         """Rows lo..hi of W as fp32, from codes that are high nibble first.
 
-        Rounded to bf16, which is how the base is defined, but for fp16: it holds more than that,
-        and the kernels multiply codes and absmax unrounded.
+        Rounded to bf16, which is how the base is defined. But fp16 holds more than that, and the
+        fused kernel, which takes so few rows, multiplies codes and absmax unrounded.
         """
         codes = self._weight.codes[lo:hi]
         nibbles = torch.stack((codes >> 4, codes & 15), dim=-1).flatten(1).int()
         blocks = self._weight.absmax.view(self._weight.out_features, -1)[lo:hi]
         values = self._weight.code[nibbles] * blocks.repeat_interleave(BLOCK_SIZE, dim=1)
-        return values if self.memory.dtype is torch.float16 else values.bfloat16().float()
+        is_fused = len(self._slots) <= LONG_TILE_ROWS
+        if self.memory.dtype is torch.float16 and is_fused:
+            return values
+        return values.bfloat16().float()
