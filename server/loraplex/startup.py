@@ -172,8 +172,9 @@ def _working_memory(config: ServeConfig, base: Base) -> int:
     )
     if base.device.name != "cuda":
         return activations.num_bytes
-    widest = max(2 * model.intermediate_size, model.num_heads * model.head_dim)
-    dequantized = widest * model.hidden_size * dtype.itemsize
+    linears = shapes_of(config.model, model).linears
+    largest = max(linear.out_features * linear.in_features for linear in linears)
+    dequantized = largest * dtype.itemsize
     # One weight in our scratch, one in bitsandbytes' own.
     return activations.num_bytes + 2 * dequantized + config.cuda_graphs * GRAPH_BYTES
 
@@ -212,7 +213,7 @@ def build_runner(config: ServeConfig, base: Base, memory: Memory) -> ModelRunner
 
 def _capture_graphs(runner: ModelRunner, ops: Ops) -> None:
     if not ops.can_be_captured:
-        log.warning("no CUDA graphs: some ops run in torch, whose loops no graph can hold")
+        log.warning("no CUDA graphs: some ops run in torch, in forms that no graph can hold")
         return
     with progress_bar("Capturing CUDA graphs") as progress:
         runner.capture_graphs(progress)

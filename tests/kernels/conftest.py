@@ -1,4 +1,5 @@
-"""The compiled CPU ops, built once for all tests; one thread, as the machine may be busy."""
+"""The compiled CPU ops, built once for all tests, and random numbers; one thread, as the machine
+may be busy."""
 
 import ctypes
 
@@ -12,3 +13,8 @@ torch.set_num_threads(1)
 @pytest.fixture(scope="session")
 def native_library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     return load_library(tmp_path_factory.mktemp("native"))
+
+
+@pytest.fixture
+def rng() -> torch.Generator:
+    return torch.Generator().manual_seed(7)

@@ -141,7 +141,7 @@ PREFILLS = [(2, 2), (16, 16), (40, 40), (33, 17), (48, 16), (50, 3)]  # (context
 
 @dataclass(frozen=True)
 class Paged:
-    """Sequences in a poisoned cache: `k`, `v` fp32 [context, kv_heads, dim] of each."""
+    """Sequences in a poisoned cache: `k`, `v` [context, kv_heads, dim] are the cached of each."""
 
     qkv: Tensor
     k_cache: Tensor

@@ -46,11 +46,6 @@ def ops(request: pytest.FixtureRequest) -> Ops:
     return NativeOps(library)
 
 
-@pytest.fixture
-def rng() -> torch.Generator:
-    return torch.Generator().manual_seed(7)
-
-
 def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
     """Largest error against the largest value."""
     assert actual.dtype == dtype

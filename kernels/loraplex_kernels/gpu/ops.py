@@ -21,7 +21,7 @@ KERNELS = ("add_rms_norm", "rotary_and_cache", "attention", "silu_mul", "lora", 
 """What `loraplex check` judges one by one, and what `failed` may name."""
 
 NEEDED_FOR_CAPTURE = frozenset(KERNELS) - {"nf4_linear"}
-"""Their torch forms loop on the host, which no graph can hold."""
+"""Their torch forms allocate, and some loop on the host: nothing for a graph."""
 
 
 class TritonOps(TorchOps):

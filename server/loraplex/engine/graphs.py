@@ -32,6 +32,7 @@ from loraplex.engine.batch import DeviceMemory
 from loraplex.engine.scheduler import Scheduled
 from loraplex.engine.transfer import CopyStream, CudaCopyStream, Event
 from loraplex.model.decoder import DecoderInput
+from loraplex.model.loader import Progress
 
 log = logging.getLogger(__name__)
 
@@ -257,7 +258,7 @@ class DecodeGraphs:
         forward: Forward,
         inputs: DecodeInputs,
         capturer: Capturer,
-        progress: Callable[[int, int], None] = lambda done, total: None,
+        progress: Progress = lambda done, total: None,
         max_bytes: int = MAX_BYTES,
     ) -> "DecodeGraphs":
         """All sizes up to the inputs', the largest first, in whose memory the others find room.
@@ -312,7 +313,7 @@ def capture_on_cuda(
     memory: DeviceMemory,
     max_rows: int,
     max_blocks: int,
-    progress: Callable[[int, int], None],
+    progress: Progress,
 ) -> DecodeGraphs:
     """Graphs for steps of up to `max_rows` sequences of up to `max_blocks` blocks each."""
     device = memory.arena.device
@@ -322,7 +323,7 @@ def capture_on_cuda(
     return DecodeGraphs.capture(forward, inputs, CudaCapturer(device), progress)
 
 
-Capture = Callable[[Forward, DeviceMemory, int, int, Callable[[int, int], None]], DecodeGraphs]
+Capture = Callable[[Forward, DeviceMemory, int, int, Progress], DecodeGraphs]
 """As `capture_on_cuda`."""
 
 

@@ -2,25 +2,12 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from loraplex_kernels.ops import QUERY_TILE, AttentionInput
 from torch import Tensor
 
-from tests.kernels.inputs import Heads
-
-
-@dataclass(frozen=True)
-class Paged:
-    """Sequences and their queries; `k`, `v` [context, kv_heads, dim] are the cached of each."""
-
-    qkv: Tensor
-    k_cache: Tensor
-    v_cache: Tensor
-    where: AttentionInput
-    k: list[Tensor]
-    v: list[Tensor]
+from tests.kernels.inputs import Heads, Paged
 
 
 def poisoned(shape: Sequence[int], dtype: torch.dtype) -> Tensor:

@@ -6,15 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 from loraplex_kernels.gpu.attention import attention
-from loraplex_kernels.gpu.interpreter import repair
 from loraplex_kernels.gpu.launch import Launch, configs, launch_now
 from loraplex_kernels.gpu.rotary import rotary_and_cache
 from loraplex_kernels.ops import AttentionInput
 from torch import Tensor
 
 from tests.kernels.gpu.banks import PoisonedWorkspace, Recorder
-from tests.kernels.gpu.caches import Paged, attention_input, attention_reference, paged, poisoned
-from tests.kernels.inputs import Heads
+from tests.kernels.gpu.caches import attention_input, attention_reference, paged, poisoned
+from tests.kernels.inputs import Heads, Paged
 
 DECODES = [1, 15, 0, 16, 17, 33, 130, 1, 0, 600]  # contexts; 0: padding
 PREFILLS = [(2, 2), (16, 16), (17, 17), (40, 40), (33, 17), (70, 20), (130, 5), (100, 33)]
@@ -30,16 +29,6 @@ CASES = [  # heads, tokens in a block, window, target
     pytest.param(Heads(72, 1, 64), 32, None, ONE_SPLIT, id="mqa72x64"),  # blocks of rows
     pytest.param(Heads(2, 1, 16), 16, None, SPLITS, id="gqa2x16"),
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def repaired() -> None:
-    repair()
-
-
-@pytest.fixture
-def rng() -> torch.Generator:
-    return torch.Generator().manual_seed(7)
 
 
 def attend(

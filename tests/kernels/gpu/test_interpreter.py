@@ -13,11 +13,6 @@ SIZE = 1024
 BF16, FP32, FP16, INT32 = torch.bfloat16, torch.float32, torch.float16, torch.int32
 
 
-@pytest.fixture(autouse=True, scope="module")
-def repaired() -> None:
-    repair()
-
-
 @triton.jit
 def _arithmetic(x, y, out, compared, SIZE: tl.constexpr):
     i = tl.arange(0, SIZE)

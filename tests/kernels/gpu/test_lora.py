@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from loraplex_kernels.gpu.interpreter import repair
 from loraplex_kernels.gpu.launch import launch_now
 from loraplex_kernels.gpu.lora import lora_, shrink, slice_of
 from loraplex_kernels.ops import Projection
@@ -22,16 +21,6 @@ SHAPES = {
     "not_all_modules": (512, (Projection(2, 0, 40), Projection(0, 40, 40))),
     "single": (576, (Projection(1, 1, 1),)),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def repaired() -> None:
-    repair()
-
-
-@pytest.fixture
-def rng() -> torch.Generator:
-    return torch.Generator().manual_seed(7)
 
 
 def some(

@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 import torch
 from loraplex_kernels.bitsandbytes import functional as bnb
-from loraplex_kernels.gpu.interpreter import repair
 from loraplex_kernels.gpu.launch import launch_now
 from loraplex_kernels.gpu.nf4 import dequantize, nf4_linear, supports
 from loraplex_kernels.gpu.nf4_decode import LEVELS
@@ -24,11 +23,6 @@ BF16 = pytest.param(torch.bfloat16, id="bf16")
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1e-2}
 BY_PERMUTE, BY_SHIFT = "sm_80", "interpreter"
 """Targets whose codes are decoded by inline PTX, and without."""
-
-
-@pytest.fixture(autouse=True, scope="module")
-def repaired() -> None:
-    repair()
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from loraplex_kernels.gpu.interpreter import repair
 from loraplex_kernels.gpu.launch import launch_now
 from loraplex_kernels.gpu.norm import add_rms_norm
 from torch import Tensor
@@ -11,16 +10,6 @@ from tests.kernels.gpu.caches import poisoned
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 EPS = 1e-5
-
-
-@pytest.fixture(scope="module", autouse=True)
-def repaired() -> None:
-    repair()
-
-
-@pytest.fixture
-def rng() -> torch.Generator:
-    return torch.Generator().manual_seed(7)
 
 
 def normed(

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from loraplex_kernels.gpu.interpreter import repair
 from loraplex_kernels.gpu.launch import launch_now
 from loraplex_kernels.gpu.rotary import rotary_and_cache
 from torch import Tensor
@@ -21,11 +20,6 @@ HEADS = [
     pytest.param(Heads(2, 1, 16), 16, id="gqa2x16"),
 ]
 NUM_TOKENS, NUM_BLOCKS, PADDING = 7, 5, (0, 4)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def repaired() -> None:
-    repair()
 
 
 def turned(qkv: Tensor, angles: Tensor) -> Tensor:

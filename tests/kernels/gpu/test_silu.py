@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from loraplex_kernels.gpu.interpreter import repair
 from loraplex_kernels.gpu.launch import launch_now
 from loraplex_kernels.gpu.silu import BLOCK, silu_mul
 from torch import Tensor
@@ -11,11 +10,6 @@ from tests.kernels.gpu.caches import poisoned
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 GATES = (-3e38, -1e30, -1e4, -104, -89, -88, -20, -1, -1e-30, 0, 1e-30, 0.5, 20, 88, 104, 1e30)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def repaired() -> None:
-    repair()
 
 
 def gated(gate_up: Tensor) -> Tensor:

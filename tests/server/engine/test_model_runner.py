@@ -1,13 +1,12 @@
 """The runner's steps: eager, replayed, and those before the first request."""
 
-from collections.abc import Callable
-
 import torch
 from loraplex.engine.batch import DeviceMemory
 from loraplex.engine.graphs import DecodeGraphs, DecodeInputs, Forward
 from loraplex.engine.model_runner import ModelRunner, RunnerConfig
 from loraplex.engine.scheduler import Scheduled
 from loraplex.engine.sequence import SamplingParams, Sequence, StopParams
+from loraplex.model.loader import Progress
 from loraplex_kernels.gpu.launch import launch_now
 from loraplex_kernels.gpu.ops import TritonOps
 from loraplex_kernels.gpu.paths import UNMEASURED
@@ -56,7 +55,7 @@ def test_captured_steps_draw_what_eager_ones_do() -> None:
         memory: DeviceMemory,
         max_rows: int,
         max_blocks: int,
-        progress: Callable[[int, int], None],
+        progress: Progress,
     ) -> DecodeGraphs:
         stream = LazyDevice(chance=[1]).stream()
         inputs = DecodeInputs(memory, max_rows, max_blocks, LazyCopyStream(stream, stream))
