@@ -29,7 +29,7 @@ BANDWIDTH = {"H100": 3.35e12, "A100": 2.04e12, "L4": 0.3e12}
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One op at one size. Of ops without adapters `rank` and `popularity` are None."""
+    """One op at one size. `rank` and `popularity` are None where it does not depend on them."""
 
     models: str  # that share these shapes
     kernel: str  # of gpu.ops.KERNELS
@@ -73,8 +73,8 @@ def lines(
             for kernel, what, case in _plain(make(max_rank=16), rows):
                 if kernel in wanted.kernels:
                     yield _line(names, case, what), case
-            for rank in wanted.ranks:
-                yield from _with_adapters(names, make(max_rank=rank), wanted, rows, rank)
+            for rank in (None, *wanted.ranks):
+                yield from _with_adapters(names, make(max_rank=rank or 16), wanted, rows, rank)
 
 
 def _plain(make: CaseMaker, rows: int) -> Iterator[tuple[str, str, Case]]:
@@ -86,9 +86,12 @@ def _plain(make: CaseMaker, rows: int) -> Iterator[tuple[str, str, Case]]:
 
 
 def _with_adapters(
-    names: str, make: CaseMaker, wanted: Wanted, rows: int, rank: int
+    names: str, make: CaseMaker, wanted: Wanted, rows: int, rank: int | None
 ) -> Iterator[tuple[Line, Case]]:
-    """Popularities that spread these rows alike, as all do with one row, are asked once."""
+    """Popularities that spread these rows alike, as all do with one row, are asked once.
+
+    Without a rank it is the op that reads no weights.
+    """
     seen: list[list[int]] = []
     for popularity in wanted.popularities:
         slots = adapters_of(popularity, rows)
@@ -107,8 +110,12 @@ def _with_adapters(
 
 
 def _of_linear(
-    make: CaseMaker, linear: LinearShape, slots: Sequence[int], rank: int
+    make: CaseMaker, linear: LinearShape, slots: Sequence[int], rank: int | None
 ) -> Iterator[tuple[str, Case]]:
+    if rank is None:
+        scaled = [[True] * len(linear.projections)] * (max(slots) + 1)
+        yield "scale_output", make.scale_output(linear, scaled, slots)
+        return
     ranks = [[rank] * len(linear.projections)] * (max(slots) + 1)
     yield "lora", make.lora(linear, ranks, slots)
     yield "nf4_linear", make.nf4_linear(linear, ranks, slots)

@@ -19,10 +19,18 @@ from loraplex_client.upload import (
     Deadline,
     Progress,
     RetryPolicy,
+    Tries,
     Upload,
     prepare,
 )
-from loraplex_client.values import Adapter, Completion, Event, ServerInfo, UploadResult
+from loraplex_client.values import (
+    Adapter,
+    Completion,
+    Event,
+    ServerInfo,
+    UploadResult,
+    UploadStatus,
+)
 from loraplex_client.wire import ChatOptions, GenerateOptions, Message
 
 
@@ -142,25 +150,33 @@ class AsyncClient:
         replace: bool = False,
         progress: Progress | None = None,
         *,
+        if_match_etag: str | None = None,
         timeout: float | None = None,
     ) -> UploadResult:
         """Sends a PEFT folder; when this returns, the adapter is durable and usable.
 
-        A broken connection starts again, a bounded number of times. `progress` is called on the
-        event loop, and never waited for.
+        A name that holds other content is refused, unless `replace` says so, or `if_match_etag`
+        is still the name's etag. A broken connection goes on where it broke, a bounded number of
+        times; so does a new call with the same folder. `progress` is called on the event loop,
+        and never waited for.
         """
         deadline = Deadline.after(timeout)
-        upload = await asyncio.to_thread(prepare, adapter_id, path, replace)
-        failures = 0
+        upload = await asyncio.to_thread(prepare, adapter_id, path, replace, if_match_etag)
+        tries = Tries(upload, self._retry, deadline)
         while True:
             try:
-                return await self._send(upload, progress, deadline.remaining())
+                return await self._send(tries.upload, progress, deadline.remaining())
             except LoraplexError as error:
-                failures += 1
-                delay = self._retry.delay(failures, error, deadline.remaining())
+                delay = tries.failed(error)
                 if delay is None:
                     raise
             await asyncio.sleep(delay)
+
+    async def get_upload(self, upload_id: str, *, timeout: float | None = None) -> UploadStatus:
+        """How far an upload came; NotFound once it has expired."""
+        request = adapters_pb2.GetUploadRequest(upload_id=upload_id)
+        response = await self._call(self._adapters.GetUpload, request, timeout)
+        return wire.upload_status_of(response)
 
     async def _send(
         self, upload: Upload, progress: Progress | None, timeout: float | None

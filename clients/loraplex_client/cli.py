@@ -14,7 +14,12 @@ from collections.abc import Callable, Mapping
 from typing import TypeAlias
 
 from loraplex_client import cli_adapters, cli_chat, cli_generate
-from loraplex_client.cli_options import UsageError, add_connection, add_sampling
+from loraplex_client.cli_options import (
+    UsageError,
+    add_connection,
+    add_sampling,
+    blend_weights,
+)
 from loraplex_client.errors import LoraplexError, ServerUnreachable
 from loraplex_client.render import one_line
 
@@ -52,8 +57,15 @@ def _add(
 def _add_generate(subparsers: Subparsers, environ: Mapping[str, str]) -> None:
     parser = _add(subparsers, "generate", "answer one prompt", cli_generate.EPILOG)
     parser.add_argument("prompt", help="the text to go on from; - reads it from stdin")
-    parser.add_argument(
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
         "--adapter", default="", metavar="NAME", help="answer with this adapter (default: none)"
+    )
+    which.add_argument(
+        "--blend",
+        type=blend_weights,
+        metavar="NAME=W,NAME=W",
+        help="answer with the weighted sum of several adapters, for this request alone",
     )
     parser.add_argument(
         "--chat",
@@ -92,23 +104,26 @@ def _add_adapters(subparsers: Subparsers, environ: Mapping[str, str]) -> None:
 
     upload = action("upload", "send a PEFT folder to the server", cli_adapters.upload)
     upload.add_argument(
-        "folder", metavar="DIR", help="holds adapter_config.json and adapter_model.safetensors"
+        "folder",
+        metavar="DIR",
+        help="holds adapter_config.json and adapter_model.safetensors (or its parts and index)",
     )
     upload.add_argument(
         "--replace",
         action="store_true",
-        help="even if the name is taken (servers of this version refuse it)",
+        help="even if the name holds other content; requests that run on that finish on it",
+    )
+    upload.add_argument(
+        "--if-match",
+        metavar="ETAG",
+        help="replace, but only if the name still has this etag (adapters show NAME tells it)",
     )
     action("list", "show all adapters", cli_adapters.list_all)
     action("show", "show one adapter", cli_adapters.show)
     action("delete", "take a name away; what runs on it finishes", cli_adapters.delete)
-    pin = action(
-        "pin", "keep an adapter in device memory (not served by this version)", cli_adapters.pin
-    )
+    pin = action("pin", "keep an adapter in device memory", cli_adapters.pin)
     pin.set_defaults(pinned=True)
-    unpin = action(
-        "unpin", "let it leave device memory again (not served by this version)", cli_adapters.pin
-    )
+    unpin = action("unpin", "let it leave device memory when room is needed", cli_adapters.pin)
     unpin.set_defaults(pinned=False)
 
 
@@ -132,9 +147,21 @@ def run(func: Command, args: argparse.Namespace, expected: tuple[type[Exception]
         return _end(1, _describe(error, expected))
 
 
+# What can be done about it, in the words of these commands.
+_HINTS: Mapping[str | None, str] = {
+    "ADAPTER_EXISTS": "here: --replace",
+    "ETAG_MISMATCH": "its etag now: loraplex adapters show NAME",
+    "PINS_EXCEED_MEMORY": "unpin another adapter first, or serve with more --memory",
+    "UPLOAD_IN_PROGRESS": "try again when that one has ended",
+    "UPLOAD_TAKEN_OVER": "the same folder is being uploaded by another command, which goes on",
+}
+
+
 def _describe(error: Exception, expected: tuple[type[Exception], ...]) -> str:
     if isinstance(error, ServerUnreachable):
         return f"{error} (start one with: loraplex serve)"
+    if isinstance(error, LoraplexError) and error.reason in _HINTS:
+        return f"{error} ({_HINTS[error.reason]})"
     if isinstance(error, (LoraplexError, *expected)):
         return str(error)
     if isinstance(error, UnicodeError):

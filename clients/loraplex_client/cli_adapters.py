@@ -2,14 +2,17 @@
 
 import argparse
 import sys
+from datetime import UTC, datetime
 
 from loraplex_client.cli_options import connect
 from loraplex_client.render import (
+    ago,
     human_bytes,
     one_line,
     plain,
     progress_bar,
     write_json,
+    write_pairs,
     write_table,
 )
 from loraplex_client.values import Adapter
@@ -17,10 +20,15 @@ from loraplex_client.values import Adapter
 EPILOG = """\
 examples:
   loraplex adapters upload pirate ./my-peft-folder
+  loraplex adapters upload pirate ./a-newer-folder --replace
   loraplex adapters list
   loraplex adapters list --json | jq -r .adapter_id
   loraplex adapters show pirate
+  loraplex adapters pin pirate
   loraplex adapters delete pirate
+
+An upload that broke off goes on where it stopped when the same command is run again within the
+hour.
 """
 
 
@@ -31,7 +39,12 @@ def _say(text: str) -> None:
 def upload(args: argparse.Namespace) -> int:
     with connect(args) as client, progress_bar(f"uploading {args.name}", sys.stderr) as progress:
         result = client.upload_adapter(
-            args.name, args.folder, args.replace, progress, timeout=args.timeout
+            args.name,
+            args.folder,
+            args.replace,
+            progress,
+            if_match_etag=args.if_match,
+            timeout=args.timeout,
         )
     for warning in result.warnings:
         sys.stderr.write(f"loraplex: warning: {one_line(warning)}\n")
@@ -54,16 +67,20 @@ def list_all(args: argparse.Namespace) -> int:
         for adapter in adapters:
             write_json(adapter, sys.stdout)
     elif adapters:
-        write_table(_HEADER, [_row(adapter) for adapter in adapters], sys.stdout)
+        now = datetime.now(UTC)
+        write_table(_HEADER, [_row(adapter, now) for adapter in adapters], sys.stdout)
     else:
         sys.stderr.write("no adapters (add one with: loraplex adapters upload NAME DIR)\n")
     return 0
 
 
-_HEADER = ("NAME", "RANK", "SIZE", "STATE", "WHERE", "PINNED", "VERSION", "MODULES")
+_HEADER = (
+    *("NAME", "RANK", "SIZE", "STATE", "WHERE", "PINNED", "IN USE", "LAST USED"),
+    *("VERSION", "MODULES"),
+)
 
 
-def _row(adapter: Adapter) -> tuple[str, ...]:
+def _row(adapter: Adapter, now: datetime) -> tuple[str, ...]:
     return (
         adapter.adapter_id,
         str(adapter.rank),
@@ -71,6 +88,8 @@ def _row(adapter: Adapter) -> tuple[str, ...]:
         adapter.state,
         adapter.residency,
         "yes" if adapter.pinned else "no",
+        str(adapter.references),
+        ago(adapter.last_used_time, now),
         adapter.version[:12],
         ",".join(adapter.target_modules),
     )
@@ -86,16 +105,16 @@ def _show(adapter: Adapter, as_json: bool) -> None:
     if as_json:
         write_json(adapter, sys.stdout)
         return
+    used = adapter.last_used_time
     shown = {
         **plain(adapter),
         "size_bytes": f"{adapter.size_bytes} ({human_bytes(adapter.size_bytes)})",
         "target_modules": ", ".join(adapter.target_modules),
         "pinned": "yes" if adapter.pinned else "no",
-        "last_used_time": plain(adapter.last_used_time) or "never",
+        "last_used_time": f"{plain(used)} ({ago(used, datetime.now(UTC))})" if used else "never",
+        "references": f"{adapter.references} (requests that use it now)",
     }
-    width = max(map(len, shown))
-    for name, value in shown.items():
-        _say(f"{name.ljust(width)}  {value}")
+    write_pairs(shown, sys.stdout)
 
 
 def delete(args: argparse.Namespace) -> int:

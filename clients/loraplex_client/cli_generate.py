@@ -14,6 +14,7 @@ EPILOG = """\
 examples:
   loraplex generate "The capital of France is" --max-tokens 20
   loraplex generate --chat "Tell me about the sea." --adapter pirate --temperature 0.7
+  loraplex generate --chat "Tell me about the sea." --blend pirate=0.7,emoji=0.3
   cat notes.txt | loraplex generate - --max-tokens 100 --temperature 0
   loraplex generate "Once upon a time" --seed 7 --json | jq -r 'select(.text) | .text'
 """
@@ -24,6 +25,8 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("--logprobs are shown with --json only")
     prompt = _from_stdin() if args.prompt == "-" else args.prompt
     messages = [{"role": "user", "content": prompt}] if args.chat else None
+    options = sampling_of(args)
+    options["blend"] = args.blend
     with (
         connect(args) as client,
         closing(
@@ -32,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
                 args.adapter,
                 messages=messages,
                 timeout=args.timeout,
-                **sampling_of(args),
+                **options,
             )
         ) as events,
     ):

@@ -41,6 +41,17 @@ def _target(text: str) -> str:
     return text
 
 
+def blend_weights(text: str) -> dict[str, float]:
+    """`a=0.7,b=0.3` as weights by name."""
+    weights: dict[str, float] = {}
+    for part in text.split(","):
+        name, equals, weight = part.partition("=")
+        if not (name and equals) or name in weights:
+            raise argparse.ArgumentTypeError(f"{text!r} is not NAME=WEIGHT,NAME=WEIGHT")
+        weights[name] = _FLOAT(weight)
+    return weights
+
+
 def add_connection(parser: argparse.ArgumentParser, environ: Mapping[str, str]) -> None:
     """--server, --token, --timeout, --tls; `environ` has their defaults."""
     group = parser.add_argument_group("server")

@@ -25,9 +25,17 @@ from loraplex_client.upload import (
     Deadline,
     Progress,
     RetryPolicy,
+    Tries,
     prepare,
 )
-from loraplex_client.values import Adapter, Completion, Event, ServerInfo, UploadResult
+from loraplex_client.values import (
+    Adapter,
+    Completion,
+    Event,
+    ServerInfo,
+    UploadResult,
+    UploadStatus,
+)
 from loraplex_client.wire import ChatOptions, GenerateOptions, Message
 
 
@@ -140,32 +148,39 @@ class Client:
         replace: bool = False,
         progress: Progress | None = None,
         *,
+        if_match_etag: str | None = None,
         timeout: float | None = None,
     ) -> UploadResult:
         """Sends a PEFT folder; when this returns, the adapter is durable and usable.
 
-        A broken connection starts again, a bounded number of times. `progress` is called on
-        gRPC's sending thread, one call at a time.
+        A name that holds other content is refused, unless `replace` says so, or `if_match_etag`
+        is still the name's etag. A broken connection goes on where it broke, a bounded number of
+        times; so does a new call with the same folder. `progress` is called on gRPC's sending
+        thread, one call at a time.
         """
         deadline = Deadline.after(timeout)
-        upload = prepare(adapter_id, path, replace)
-        failures = 0
+        upload = prepare(adapter_id, path, replace, if_match_etag)
+        tries = Tries(upload, self._retry, deadline)
         while True:
             try:
                 return Transfer(
                     self._adapters,
                     self._target,
                     self._token,
-                    upload,
+                    tries.upload,
                     progress,
                     deadline.remaining(),
                 ).result()
             except LoraplexError as error:
-                failures += 1
-                delay = self._retry.delay(failures, error, deadline.remaining())
+                delay = tries.failed(error)
                 if delay is None:
                     raise
             time.sleep(delay)
+
+    def get_upload(self, upload_id: str, *, timeout: float | None = None) -> UploadStatus:
+        """How far an upload came; NotFound once it has expired."""
+        request = adapters_pb2.GetUploadRequest(upload_id=upload_id)
+        return wire.upload_status_of(self._call(self._adapters.GetUpload, request, timeout))
 
     def get_adapter(self, adapter_id: str, *, timeout: float | None = None) -> Adapter:
         request = adapters_pb2.GetAdapterRequest(adapter_id=adapter_id)

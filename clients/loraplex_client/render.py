@@ -7,7 +7,7 @@ imported when a terminal is there to draw on, and not before.
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from datetime import datetime
@@ -66,6 +66,17 @@ def human_bytes(count: int) -> str:
     return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
 
 
+def ago(when: datetime | None, now: datetime) -> str:
+    """`3 min ago`; `never` for None."""
+    if when is None:
+        return "never"
+    seconds = max(0.0, (now - when).total_seconds())
+    for unit, size in (("d", 86_400), ("h", 3_600), ("min", 60)):
+        if seconds >= size:
+            return f"{int(seconds // size)} {unit} ago"
+    return f"{int(seconds)} s ago"
+
+
 def write_table(header: Sequence[str], rows: Sequence[Sequence[str]], out: TextIO) -> None:
     """A drawn table on a terminal that is wide enough, else aligned columns, as in a pipe."""
     cells = [[one_line(cell) for cell in row] for row in rows]
@@ -90,6 +101,11 @@ def _draw_table(header: Sequence[str], rows: Sequence[Sequence[str]], out: TextI
         return False
     console.print(table)
     return True
+
+
+def write_pairs(pairs: Mapping[str, object], out: TextIO) -> None:
+    """A line for each, the values below one another."""
+    _write_columns([(name, one_line(str(value))) for name, value in pairs.items()], out)
 
 
 def _write_columns(lines: Sequence[Sequence[str]], out: TextIO) -> None:

@@ -1,61 +1,61 @@
 """An adapter on its way to the server: the folder, the messages, when to try again. No network.
 
 A PEFT folder becomes one header, chunks of at most 1 MiB and one finish. The server publishes at
-the finish alone, so a stream that broke left nothing behind and starts again at 0.
+the finish alone, and keeps what came of a stream that broke: the next try goes on from there.
 """
 
-import hashlib
 import time
 import uuid
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from loraplex_protos.v1 import adapters_pb2
 
 from loraplex_client.errors import (
-    Aborted,
     AdapterFolderError,
     LoraplexError,
     ServerUnreachable,
     Unavailable,
 )
+from loraplex_client.weights import Weights, find_weights
 
 Progress = Callable[[int, int], None]
-"""Called with (sent_bytes, total_bytes), from 0; goes back to 0 when the upload starts again."""
+"""Called with (sent_bytes, total_bytes), from where the upload begins: 0, or what the server has.
+When it starts again, it goes back to that."""
 
-CHUNK_BYTES = 1 << 20
 MAX_CONFIG_BYTES = 64 << 10
 
 _NAMESPACE = uuid.uuid5(uuid.NAMESPACE_URL, "loraplex:upload")
-_WEIGHTS = "adapter_model.safetensors"
 _CONFIG = "adapter_config.json"
-_LFS_POINTER = b"version https://git-lfs"
 
 
 @dataclass(frozen=True, slots=True)
 class Upload:
     """One adapter folder, read and hashed: what it takes to send it, any number of times."""
 
-    weights: Path
+    weights: Weights
     header: adapters_pb2.UploadHeader
 
     @property
     def total_size(self) -> int:
         return self.header.total_size
 
+    def resumed(self, offset: int) -> "Upload":
+        """The same, sent from `offset` on."""
+        header = adapters_pb2.UploadHeader()
+        header.CopyFrom(self.header)
+        header.resume_offset = offset
+        return replace(self, header=header)
+
     def requests(self) -> Iterator[adapters_pb2.UploadAdapterRequest]:
-        """Every message of one try. Reads the file by its own handle, so that tries may overlap."""
+        """Every message of one try; tries may overlap."""
         yield adapters_pb2.UploadAdapterRequest(header=self.header)
-        offset = 0
-        with self.weights.open("rb") as file:
-            while offset < self.total_size:
-                data = file.read(min(CHUNK_BYTES, self.total_size - offset))
-                if not data:
-                    raise AdapterFolderError(f"{self.weights} shrank while it was sent")
-                yield _chunk(offset, data)
-                offset += len(data)
+        offset = self.header.resume_offset
+        for data in self.weights.read(offset):
+            yield _chunk(offset, data)
+            offset += len(data)
         yield adapters_pb2.UploadAdapterRequest(finish=adapters_pb2.UploadFinish())
 
 
@@ -69,50 +69,35 @@ def sent_bytes(request: adapters_pb2.UploadAdapterRequest) -> int | None:
     """How much of the file is sent once `request` is; None for the finish, which adds nothing."""
     if request.HasField("finish"):
         return None
+    if request.HasField("header"):
+        return request.header.resume_offset
     return request.chunk.offset + len(request.chunk.data)
 
 
-def prepare(adapter_id: str, path: str | Path, replace: bool) -> Upload:
-    """Reads and hashes a PEFT folder; AdapterFolderError says what is wrong with it.
-
-    The upload's id follows from the name and the content, so that the same upload, started anew,
-    is the same to the server.
-    """
+def prepare(
+    adapter_id: str, path: str | Path, replace: bool, if_match_etag: str | None = None
+) -> Upload:
+    """Reads and hashes a PEFT folder; AdapterFolderError says what is wrong with it."""
     folder = Path(path)
-    weights = _weights(folder)
+    weights = find_weights(folder)
     config = _config(folder)
-    size, digest = _hash(weights)
-    content = digest.copy()
-    content.update(config.encode())
-    upload_id = uuid.uuid5(uuid.uuid5(_NAMESPACE, adapter_id), content.hexdigest())
+    sha256 = weights.sha256()
     header = adapters_pb2.UploadHeader(
         adapter_id=adapter_id,
-        upload_id=str(upload_id),
-        total_size=size,
-        sha256=digest.hexdigest(),
+        upload_id=upload_id_of(adapter_id, sha256, config),
+        total_size=weights.size,
+        sha256=sha256,
         adapter_config_json=config,
         replace=replace,
+        if_match_etag=if_match_etag or "",
     )
     return Upload(weights, header)
 
 
-def _weights(folder: Path) -> Path:
-    if not folder.is_dir():
-        what = "is not a folder" if folder.exists() else "does not exist"
-        raise AdapterFolderError(f"{folder} {what}; expected a folder saved by PEFT")
-    weights = folder / _WEIGHTS
-    if weights.is_file():
-        return weights
-    if (folder / "adapter_model.bin").exists():
-        raise AdapterFolderError(
-            f"{folder} holds adapter_model.bin, a pickle, which can run code when it is read; "
-            "save the adapter as safetensors (PEFT's default) and upload that"
-        )
-    if (folder / f"{_WEIGHTS}.index.json").exists():
-        raise AdapterFolderError(
-            f"{folder} holds an adapter in several safetensors files; save it as one, {_WEIGHTS}"
-        )
-    raise AdapterFolderError(f"{folder} holds no {_WEIGHTS}; expected a folder saved by PEFT")
+def upload_id_of(adapter_id: str, weights_sha256: str, config_json: str) -> str:
+    """Follows from name and content: the same upload, run anew, is the same to the server."""
+    of_name = uuid.uuid5(_NAMESPACE, adapter_id)
+    return str(uuid.uuid5(of_name, f"{weights_sha256} {config_json}"))
 
 
 def _config(folder: Path) -> str:
@@ -125,19 +110,6 @@ def _config(folder: Path) -> str:
         return path.read_bytes().decode()
     except UnicodeDecodeError:
         raise AdapterFolderError(f"{path} is not UTF-8 text") from None
-
-
-def _hash(weights: Path) -> "tuple[int, hashlib._Hash]":
-    digest, size = hashlib.sha256(), 0
-    with weights.open("rb") as file:
-        while data := file.read(CHUNK_BYTES):
-            if size == 0 and data.startswith(_LFS_POINTER):
-                raise AdapterFolderError(
-                    f"{weights} is a git-lfs pointer, not the weights: run git lfs pull"
-                )
-            digest.update(data)
-            size += len(data)
-    return size, digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,14 +129,18 @@ class Deadline:
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """How often a broken upload starts again, and after how long: `delays` in seconds."""
+    """How often a broken upload goes on, and after how long: `delays` in seconds.
 
-    delays: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)
+    The default outlasts the restart of a server. What brought the upload further starts the count
+    anew.
+    """
+
+    delays: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
     longest: float = 30.0
 
     def delay(self, failures: int, error: LoraplexError, remaining: float | None) -> float | None:
-        """Seconds to wait after the `failures`-th failed try; None: the error is final."""
-        if failures > len(self.delays) or not _may_pass(error, failures == 1):
+        """Seconds to wait after the `failures`-th failed try in a row; None: there is no other."""
+        if failures > len(self.delays):
             return None
         delay = max(self.delays[failures - 1], error.retry_after or 0.0)
         limit = self.longest if remaining is None else min(self.longest, remaining)
@@ -172,13 +148,63 @@ class RetryPolicy:
 
 
 DEFAULT_RETRY = RetryPolicy()
+_MAX_CORRECTIONS = 4  # wrong offsets in a row that bring nothing new
 
 
-def _may_pass(error: LoraplexError, first: bool) -> bool:
-    """A server never reached is an error; one that went away may return, and may take a moment
-    to notice that the stream before this one is gone."""
+class Tries:
+    """The tries of one upload.
+
+    Mutable: `upload`, as the next try sends it; `_failures` and `_corrections` since it got
+    further; `_furthest`, the most that the server ever had; `_reached`, whether there is a server.
+    """
+
+    def __init__(self, upload: Upload, policy: RetryPolicy, deadline: Deadline) -> None:
+        self.upload = upload
+        self._policy = policy
+        self._deadline = deadline
+        self._failures = 0
+        self._corrections = 0
+        self._furthest = 0
+        self._reached = False
+
+    def failed(self, error: LoraplexError) -> float | None:
+        """Seconds until the next try; None: the error is final."""
+        committed = _committed_size(error)
+        if committed is not None and committed <= self.upload.total_size:
+            return self._go_on_from(committed)
+        if not _may_pass(error, self._reached):
+            return None
+        self._reached = self._reached or not isinstance(error, ServerUnreachable)
+        self._failures += 1
+        return self._policy.delay(self._failures, error, self._deadline.remaining())
+
+    def _go_on_from(self, committed: int) -> float | None:
+        """At once: the server only said where it stands. Offsets that go nowhere are given up."""
+        if committed > self._furthest:
+            self._furthest = committed
+            self._failures = self._corrections = 0
+        self._corrections += 1
+        if self._corrections > _MAX_CORRECTIONS:
+            return None
+        self._reached = True
+        self.upload = self.upload.resumed(committed)
+        return 0.0
+
+
+def _committed_size(error: LoraplexError) -> int | None:
+    """What the server has, where it refused an offset because of that."""
+    size = error.metadata.get("committed_size", "")
+    return int(size) if error.reason == "OFFSET_MISMATCH" and size.isdecimal() else None
+
+
+_PASSING = frozenset({"UPLOAD_STALLED", "CRC32_MISMATCH"})
+
+
+def _may_pass(error: LoraplexError, reached: bool) -> bool:
+    """A server never reached is an error; one that went away may return. A store that cannot be
+    written will not be a moment later."""
     if isinstance(error, ServerUnreachable):
-        return not first
-    if isinstance(error, Aborted):
-        return not first and error.reason == "UPLOAD_IN_PROGRESS"
-    return isinstance(error, Unavailable)
+        return reached
+    if isinstance(error, Unavailable):
+        return error.reason != "STORE_UNAVAILABLE"
+    return error.reason in _PASSING

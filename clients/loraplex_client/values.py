@@ -147,6 +147,7 @@ class Adapter:
     create_time: datetime | None  # UTC
     last_used_time: datetime | None  # UTC; None: not used yet
     owner: str
+    references: int = 0  # requests that use this version now
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +157,24 @@ class UploadResult:
     adapter: Adapter
     created: bool
     warnings: tuple[str, ...] = ()
+
+
+class UploadState(StrEnum):
+    """Whether an upload still waits for its bytes."""
+
+    ACTIVE = "active"
+    PUBLISHED = "published"
+    UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True, slots=True)
+class UploadStatus:
+    """How far an upload came."""
+
+    state: UploadState
+    committed_size: int  # bytes that are safely on disk
+    expire_time: datetime | None  # UTC; then it is forgotten
+    adapter: Adapter | None  # once published, and while the name is there
 
 
 @dataclass(frozen=True, slots=True)

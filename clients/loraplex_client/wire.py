@@ -26,6 +26,8 @@ from loraplex_client.values import (
     TokenLogprobs,
     TopLogprob,
     UploadResult,
+    UploadState,
+    UploadStatus,
     Usage,
     UsedAdapter,
     Visibility,
@@ -48,6 +50,7 @@ class GenerateOptions(ChatOptions, total=False):
 
     request_id: str | None
     adapter_version: str | None
+    blend: Mapping[str, float] | None  # weights by adapter_id, instead of one adapter
     priority: int | None
 
     temperature: float | None
@@ -72,7 +75,7 @@ def _fields(message: Any) -> frozenset[str]:
     return frozenset(message.DESCRIPTOR.fields_by_name)
 
 
-_CALL_FIELDS = frozenset({"request_id", "adapter_version", "priority"})
+_CALL_FIELDS = frozenset({"request_id", "adapter_version", "blend", "priority"})
 _CHAT_FIELDS = frozenset(ChatOptions.__annotations__)
 _PARTS: Mapping[str, Any] = {
     "sampling": inference_pb2.SamplingParams,
@@ -104,6 +107,8 @@ def generate_request(
     chosen = _set_only(options)
     if isinstance(chosen.get("stop"), str):
         chosen["stop"] = [chosen["stop"]]
+    if "blend" in chosen:
+        chosen["blend"] = _blend(chosen["blend"])
     parts = {name: _take(chosen, _fields(part)) for name, part in _PARTS.items()}
     return inference_pb2.GenerateRequest(
         adapter_id=adapter_id,
@@ -111,6 +116,15 @@ def generate_request(
         **{name: _PARTS[name](**fields) for name, fields in parts.items() if fields},
         **_take(chosen, _CALL_FIELDS),
     )
+
+
+def _blend(weights: Mapping[str, float]) -> list[inference_pb2.BlendMember]:
+    if not weights:
+        raise TypeError("'blend' names no adapter")
+    return [
+        inference_pb2.BlendMember(adapter_id=adapter_id, weight=weight)
+        for adapter_id, weight in weights.items()
+    ]
 
 
 def tokenize_request(
@@ -264,11 +278,21 @@ def adapter_of(adapter: adapters_pb2.Adapter) -> Adapter:
             _time(adapter.last_used_time) if adapter.HasField("last_used_time") else None
         ),
         owner=adapter.owner,
+        references=adapter.references,
     )
 
 
 def upload_result_of(response: adapters_pb2.UploadAdapterResponse) -> UploadResult:
     return UploadResult(adapter_of(response.adapter), response.created, tuple(response.warnings))
+
+
+def upload_status_of(response: adapters_pb2.GetUploadResponse) -> UploadStatus:
+    return UploadStatus(
+        state=_enum(UploadState, adapters_pb2.UploadState, response.state),
+        committed_size=response.committed_size,
+        expire_time=_time(response.expire_time) if response.HasField("expire_time") else None,
+        adapter=adapter_of(response.adapter) if response.HasField("adapter") else None,
+    )
 
 
 def server_info_of(info: inference_pb2.GetServerInfoResponse) -> ServerInfo:

@@ -39,6 +39,7 @@ class LoraInput:
     dtype: torch.dtype  # of the adapters' weights in the arena
     tables: AdapterTables
     has_adapters: bool  # False: no row has one, so that nothing need be done
+    has_output_scales: bool  # whether a row's adapter scales outputs (DoRA)
     segments: tuple[Segment, ...]  # for ops that loop on the host
     segment_table: Tensor | None  # int32 [num_segments, 3]: slot, lo, hi; the same on the device
     tiles: LoraTiles | None  # instead of it, for ops that ask for them
@@ -141,4 +142,14 @@ class Ops(Protocol):
         Segmented low-rank products as in Punica (Chen et al. 2023), with each adapter's own rank:
         sums over its granules of 16. Accumulated in fp32, y rounded once; the torch form rounds
         each product to the weights' type, as PEFT does. x [T, K], y [T, N].
+        """
+
+    def scale_output_(
+        self, y: Tensor, lora: LoraInput, layer: int, projections: tuple[Projection, ...]
+    ) -> None:
+        """`y[t, p] *= c` for every row t whose adapter has output scales, every projection p.
+
+        c fp32 [width] an adapter, layer and module: DoRA's m / |W + s B A| per output feature (Liu
+        et al. 2024), which multiplies the base product and its update alike. Computed in fp32, y
+        rounded once. y [T, N].
         """

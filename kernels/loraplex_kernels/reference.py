@@ -4,7 +4,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from loraplex_kernels.bitsandbytes import matmul_4bit
 from loraplex_kernels.nf4 import BaseWeight
 from loraplex_kernels.ops import AttentionInput, LoraInput, Projection
 from loraplex_kernels.segments import Segment
@@ -106,6 +105,8 @@ class TorchOps:
         if weight.dense is not None:
             torch.mm(x, weight.dense.T, out=out)
         elif x.dtype == torch.bfloat16:
+            from loraplex_kernels.bitsandbytes import matmul_4bit
+
             out.copy_(matmul_4bit(x, weight.nf4.codes.view(-1, 1), weight.nf4.state))
         else:  # bitsandbytes would not round the weight to bf16
             torch.mm(x, weight.nf4.dequantize().to(x.dtype).T, out=out)
@@ -143,6 +144,19 @@ class TorchOps:
             if update is not None:
                 target = y[segment.lo : segment.hi].narrow(1, projection.column, projection.width)
                 target += update
+
+    def scale_output_(
+        self, y: Tensor, lora: LoraInput, layer: int, projections: tuple[Projection, ...]
+    ) -> None:
+        for slot, lo, hi in lora.segments:
+            if slot not in lora.tables.scaled_slots:
+                continue
+            offsets = lora.tables.output_scale[slot, layer].tolist()
+            for module, column, width in projections:
+                if offsets[module] >= 0:
+                    factor = view(lora.arena, offsets[module], 1, width, torch.float32)
+                    target = y[lo:hi].narrow(1, column, width)
+                    target *= factor  # torch multiplies in the wider type, and rounds once
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:

@@ -169,6 +169,13 @@ def _add_limit_options(parser: argparse.ArgumentParser) -> None:
         help="for KV and adapters together, as 512M or 4G (default: most of a GPU's free memory; "
         "on a CPU a quarter of the free memory, at most 2G)",
     )
+    group.add_argument(
+        "--host-memory",
+        type=_parsed(parse_size),
+        metavar="SIZE",
+        help="for adapters that are not in use, so that they come back without the disk; 0 keeps "
+        "none (default: a quarter of what --memory leaves free)",
+    )
     number("--max-rank", "largest adapter rank")
     number("--max-slots", "adapters in device memory at one time")
     number("--max-running", "requests decoded together")
@@ -286,6 +293,7 @@ def _serve_config(args: argparse.Namespace) -> ServeConfig:
         max_rank=args.max_rank,
         max_slots=args.max_slots,
         memory=args.memory,
+        host_memory=args.host_memory,
         max_running=args.max_running,
         max_waiting=args.max_waiting,
         max_step_tokens=args.max_step_tokens,

@@ -40,6 +40,7 @@ class ServeConfig:
     max_rank: int = 64
     max_slots: int = 64
     memory: int | None = None  # bytes of the arena
+    host_memory: int | None = None  # bytes of adapters kept in host memory
     max_running: int = 64
     max_waiting: int = 1024
     max_step_tokens: int = 512

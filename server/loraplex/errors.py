@@ -76,7 +76,7 @@ _TABLE = (
     Reason(
         "ADAPTER_UNUSABLE",
         StatusCode.FAILED_PRECONDITION,
-        "the adapter is quarantined, or was stored for another base model",
+        "the adapter is quarantined, of another base model, or of a rank over this server's",
     ),
     Reason(
         "VERSION_MISMATCH",
@@ -101,7 +101,12 @@ _TABLE = (
     Reason(
         "OUT_OF_MEMORY",
         StatusCode.RESOURCE_EXHAUSTED,
-        "KV and adapters in use leave no room to go on",
+        "KV and adapters in use, or pinned, leave no room to go on",
+    ),
+    Reason(
+        "PINS_EXCEED_MEMORY",
+        StatusCode.RESOURCE_EXHAUSTED,
+        "the pinned adapters would take more than half of the memory, or of the slots",
     ),
     Reason("DISK_FULL", StatusCode.RESOURCE_EXHAUSTED, "the store has no room for the upload"),
     Reason("DEADLINE_EXCEEDED", StatusCode.DEADLINE_EXCEEDED, "the call's deadline has passed"),
@@ -109,12 +114,22 @@ _TABLE = (
     Reason(
         "UPLOAD_INCOMPLETE",
         StatusCode.ABORTED,
-        "the upload's stream ended without UploadFinish; nothing was published",
+        "the upload's stream ended without UploadFinish; what came is kept for resume",
     ),
     Reason(
         "UPLOAD_IN_PROGRESS",
         StatusCode.ABORTED,
         "another upload to this adapter_id is under way",
+    ),
+    Reason(
+        "UPLOAD_TAKEN_OVER",
+        StatusCode.ABORTED,
+        "another stream goes on with this upload_id",
+    ),
+    Reason(
+        "ETAG_MISMATCH",
+        StatusCode.ABORTED,
+        "the name does not carry if_match_etag: it was published anew, or does not exist",
     ),
     Reason("SLOW_READER", StatusCode.ABORTED, "the client stopped reading its stream for too long"),
     Reason(

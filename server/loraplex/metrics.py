@@ -82,6 +82,9 @@ class Metrics:
         self._load = self._histogram("adapter_load_seconds", "Bringing an adapter to the device.")
         self._loads = self._counter("adapter_loads", "Adapter loads by result.", "result")
         self._resident = self._gauge("adapters_resident", "Adapters by tier.", "tier")
+        self._evictions = self._counter(
+            "adapter_evictions", "Adapters that made room for others, by tier.", "tier"
+        )
         self._uploads = self._counter("adapter_uploads", "Uploads by gRPC code.", "code")
 
     def _histogram(
@@ -118,13 +121,16 @@ class Metrics:
             self._blocks.labels(use).set(blocks)
         self._kv_usage.set(kv / (kv + free) if kv + free else 0.0)
 
-    def set_adapters_resident(self, device: int, host: int = 0) -> None:
+    def set_adapters_resident(self, device: int, host: int) -> None:
         self._resident.labels("device").set(device)
         self._resident.labels("host").set(host)
 
     def adapter_load(self, result: str, seconds: float) -> None:
         self._loads.labels(result).inc()
         self._load.observe(seconds)
+
+    def adapters_evicted(self, tier: str, count: int) -> None:
+        self._evictions.labels(tier).inc(count)
 
     # The API's.
 

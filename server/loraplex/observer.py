@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TextIO
 
+from loraplex.adapters.tiers import Tier
 from loraplex.engine.engine import EngineState, StepRecord
 from loraplex.errors import RequestError
 from loraplex.metrics import Metrics
@@ -56,7 +57,10 @@ class EngineObserver:
     def on_state(self, state: EngineState) -> None:
         self._metrics.set_load(state.num_running, state.num_waiting)
         self._metrics.set_memory(state.kv_blocks, state.adapter_blocks, state.free_blocks)
-        self._metrics.set_adapters_resident(state.resident_adapters)
+        self._metrics.set_adapters_resident(state.resident_adapters, state.host_adapters)
 
     def on_load(self, digest: str, seconds: float, error: RequestError | None) -> None:
         self._metrics.adapter_load("ok" if error is None else error.reason.name, seconds)
+
+    def on_evictions(self, tier: Tier, count: int) -> None:
+        self._metrics.adapters_evicted(tier.value, count)

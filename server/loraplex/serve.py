@@ -1,10 +1,11 @@
 """`loraplex serve`: build every part, hand each what it needs, run until told to stop."""
 
 import asyncio
+import gc
 import logging
 import signal
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from loraplex.adapters.loader import AdapterLoader
 from loraplex.adapters.packing import PackedAdapter
 from loraplex.adapters.publisher import Publisher
 from loraplex.adapters.store import AdapterStore
+from loraplex.adapters.store_scrubber import Scrubber
 from loraplex.api.server import ApiServer
 from loraplex.config import Address, ServeConfig, format_size
 from loraplex.engine.engine import Engine, EngineConfig
@@ -25,10 +27,11 @@ from loraplex.observer import EngineObserver, StepLog
 from loraplex.startup import (
     Base,
     Memory,
+    build_host_tier,
+    build_loader,
     build_runner,
     build_scheduler,
     describe,
-    layout_of,
     load_base,
     model_info,
     plan_memory,
@@ -43,11 +46,12 @@ def serve(config: ServeConfig) -> int:
     base = load_base(config)
     memory = plan_memory(config, base)
     log.info(
-        "memory: %d blocks of %s, %d tokens of KV each; context %d",
+        "memory: %d blocks of %s, %d tokens of KV each; context %d; host memory for adapters: %s",
         memory.num_blocks,
         format_size(memory.block.size),
         memory.block.tokens,
         base.config.context_length,
+        format_size(memory.host_bytes),
     )
     return asyncio.run(_serve(config, base, memory))
 
@@ -58,8 +62,11 @@ def _stop_loading(received: int, frame: object) -> None:
 
 async def _serve(config: ServeConfig, base: Base, memory: Memory) -> int:
     stopped = _on_signals()
-    async with _running(config, base, memory) as (bound, engine):
+    async with running(config, base, memory) as (bound, engine):
         listen = Address(config.listen.host, bound)
+        # A full collection would walk torch's 200,000 objects, while every stream waits.
+        gc.collect()
+        gc.freeze()
         print(f"loraplex: serving {base.name} on {listen} ({describe(base, memory)})", flush=True)
         received = await _signal_or_crash(stopped, engine.crashed)
         log.info("%s: finishing what runs, then stopping", received.name)
@@ -96,20 +103,38 @@ def _on_signals() -> "asyncio.Future[signal.Signals]":
     return stopped
 
 
+class _Removals:
+    """Hears of versions whose files go. Mutable: `listener`, once there is an engine to tell."""
+
+    def __init__(self) -> None:
+        self.listener: Callable[[str], None] | None = None
+
+    def __call__(self, version: str) -> None:
+        if self.listener is not None:
+            self.listener(version)
+
+
 @asynccontextmanager
-async def _running(
+async def running(
     config: ServeConfig, base: Base, memory: Memory
 ) -> AsyncIterator[tuple[int, Engine[PackedAdapter]]]:
     """The whole server: its port, its engine. Leaves nothing running and the store closed."""
     registry = CollectorRegistry()
     metrics = Metrics(registry, base.name)
     async with AsyncExitStack() as stack:
-        store = AdapterStore.open(config.store, base.identity, config.max_adapter_bytes)
+        removed = _Removals()
+        store = AdapterStore.open(
+            config.store, base.identity, config.max_adapter_bytes, on_removed=removed
+        )
         stack.callback(store.close)
-        loader = AdapterLoader(store, base.linears, layout_of(base, memory), config.max_rank)
+        scrubber = Scrubber(store)
+        scrubber.start()
+        stack.callback(scrubber.stop)
+        loader = build_loader(config, base, memory, store)
         stack.callback(loader.close)
         engine = _start_engine(config, base, memory, loader, metrics, stack)
         stack.push_async_callback(engine.stop)
+        removed.listener = engine.forget
         publisher = Publisher(
             store, loader, base.linears, base.name, base.identity, config.max_rank
         )
@@ -145,6 +170,7 @@ def _start_engine(
         build_scheduler(config, memory),
         build_runner(config, base, memory),
         loader,
+        build_host_tier(base, memory),
         EngineObserver(metrics, step_log),
         EngineConfig(max_live=config.max_running + config.max_waiting),
     )

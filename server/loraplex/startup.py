@@ -3,15 +3,19 @@
 import logging
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from loraplex_kernels.dispatch import cpu_ops, interpreted_ops
 from loraplex_kernels.ops import Ops
 from loraplex_kernels.reference import TorchOps
+from loraplex_kernels.tables import AdapterTables
 
-from loraplex.adapters.packing import Layout
+from loraplex.adapters.loader import AdapterLoader, Blobs, as_is
+from loraplex.adapters.packing import Layout, PackedAdapter
 from loraplex.adapters.peft import BaseLinear
 from loraplex.adapters.pool import AdapterPool
+from loraplex.adapters.tiers import HostTier, num_bytes
 from loraplex.api.protocols import Limits, ModelInfo
 from loraplex.config import ServeConfig, format_size
 from loraplex.device import (
@@ -29,15 +33,18 @@ from loraplex.engine.scheduler import Scheduler, SchedulerConfig
 from loraplex.errors import StartupError
 from loraplex.model import nf4
 from loraplex.model.checkpoint import Checkpoint, base_identity
-from loraplex.model.config import ModelConfig, read_model_config
+from loraplex.model.config import MODULES, ModelConfig, read_model_config
 from loraplex.model.decoder import Activations, Decoder
 from loraplex.model.generation import GenerationDefaults, read_generation_defaults
 from loraplex.model.hub import resolve_model
 from loraplex.model.linear import WeightForm
 from loraplex.model.loader import LoadOptions, load_decoder
+from loraplex.model.nf4_cache import NF4Cache
 from loraplex.model.tokenizer import Tokenizer
 from loraplex.progress import progress_bar
-from loraplex.shapes import shapes_of
+
+if TYPE_CHECKING:
+    from loraplex_kernels.cases import ModelShapes
 
 log = logging.getLogger(__name__)
 
@@ -59,15 +66,16 @@ class Base:
 
     @property
     def linears(self) -> dict[str, BaseLinear]:
-        return {shape.name: BaseLinear(*shape) for shape in self.config.linears()}
+        return {shape.name: BaseLinear(*shape) for shape in self.config.adaptable()}
 
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """The arena: so many blocks of this shape."""
+    """The arena: so many blocks of this shape; and what adapters may take of the host's memory."""
 
     num_blocks: int
     block: BlockShape
+    host_bytes: int
 
     @property
     def size(self) -> int:
@@ -89,9 +97,13 @@ def load_base(config: ServeConfig) -> Base:
     settings = {"model": asdict(trained), "quantization": nf4.SETTINGS}
     identity = base_identity(checkpoint, settings, config.cache / "identities")
     ops = _build_ops(config, model, device)  # before the weights take its memory
-    options = LoadOptions(device.where, device.dtype, _weight_form(model, device))
+    # A GPU makes its own codes, and quicker than a disk would give them.
+    cache = NF4Cache(config.cache / "nf4", identity) if device.where.type == "cpu" else None
+    options = LoadOptions(device.where, device.dtype, _weight_form(model, device), cache)
     with progress_bar(f"Loading {config.model}") as progress:
         decoder = load_decoder(checkpoint, model, options, progress)
+    if cache is not None:
+        cache.save()
     return Base(
         name=folder.resolve().name if Path(config.model).is_dir() else Path(config.model).name,
         identity=identity,
@@ -115,10 +127,16 @@ def _build_ops(config: ServeConfig, model: ModelConfig, device: Device) -> Ops:
         log.warning("the GPU's ops run in plain torch, which is slower: %s is missing", error.name)
         return TorchOps()
     with progress_bar("Checking the kernels on this GPU") as progress:
-        shapes = shapes_of(config.model, model)
+        shapes = _shapes(config, model)
         return triton_ops(
             device.where, shapes, device.dtype, config.max_rank, config.cache, progress
         )
+
+
+def _shapes(config: ServeConfig, model: ModelConfig) -> "ModelShapes":
+    from loraplex.shapes import shapes_of  # brings bitsandbytes, which a CPU may do without
+
+    return shapes_of(config.model, model)
 
 
 def _with_context(model: ModelConfig, wanted: int | None) -> ModelConfig:
@@ -145,11 +163,21 @@ def _weight_form(model: ModelConfig, device: Device) -> WeightForm:
 
 
 def plan_memory(config: ServeConfig, base: Base) -> Memory:
-    """The arena's size; StartupError when it cannot be had, or not one short request would fit."""
-    dtype = base.decoder.dtype
+    """What is taken of the memory; StartupError names the setting that asks for too much.
+
+    Or for too little: then not one short request would fit.
+    """
+    dtype, where = base.decoder.dtype, base.device.where
     block = block_shape(base.config, dtype, dtype)
-    free = max(0, free_memory(base.device.where) - _working_memory(config, base))
-    size = config.memory if config.memory is not None else _default_memory(base.device.where, free)
+    free = free_memory(where)
+    tables = _table_memory(config, base)
+    if tables > free // 4:
+        raise StartupError(
+            f"--max-slots {config.max_slots} is too large: the tables of so many slots take "
+            f"{format_size(tables)} of the {format_size(free)} that are free"
+        )
+    free = max(0, free - tables - _working_memory(config, base))
+    size = config.memory if config.memory is not None else _default_memory(where, free)
     if size > free:
         raise StartupError(
             f"--memory {format_size(size)} cannot be had: {format_size(free)} are free, beside "
@@ -161,7 +189,30 @@ def plan_memory(config: ServeConfig, base: Base) -> Memory:
             f"--memory {format_size(size)} is too small: this model needs at least "
             f"{format_size(2 * block.size)}"
         )
-    return Memory(num_blocks, block)
+    host_free = free_host_memory() if where.type == "cuda" else free - size
+    return Memory(num_blocks, block, _plan_host_memory(config, host_free))
+
+
+def _plan_host_memory(config: ServeConfig, free: int) -> int:
+    size = free // 4 if config.host_memory is None else config.host_memory
+    if size > free:
+        raise StartupError(
+            f"--host-memory {format_size(size)} cannot be had: {format_size(free)} are free"
+        )
+    return size
+
+
+def _table_memory(config: ServeConfig, base: Base) -> int:
+    """Bytes of the tables in which kernels find each slot's weights."""
+    tables = AdapterTables(
+        config.max_slots,
+        base.config.num_layers,
+        len(MODULES),
+        config.max_rank,
+        torch.device("meta"),
+    )
+    parts = (tables.offset, tables.scale, tables.num_granules, tables.output_scale)
+    return sum(part.nbytes for part in parts)
 
 
 def _working_memory(config: ServeConfig, base: Base) -> int:
@@ -172,7 +223,7 @@ def _working_memory(config: ServeConfig, base: Base) -> int:
     )
     if base.device.name != "cuda":
         return activations.num_bytes
-    linears = shapes_of(config.model, model).linears
+    linears = _shapes(config, model).linears
     largest = max(linear.out_features * linear.in_features for linear in linears)
     dequantized = largest * dtype.itemsize
     # One weight in our scratch, one in bitsandbytes' own.
@@ -187,6 +238,37 @@ def build_scheduler(config: ServeConfig, memory: Memory) -> Scheduler:
     arena = Arena(memory.num_blocks)
     limits = SchedulerConfig(memory.block.tokens, config.max_running, config.max_step_tokens)
     return Scheduler(arena, AdapterPool(arena, config.max_slots), limits)
+
+
+def build_host_tier(base: Base, memory: Memory) -> HostTier[PackedAdapter]:
+    is_pinned = base.device.name == "cuda"
+    return HostTier(memory.host_bytes, _pinned_bytes if is_pinned else num_bytes)
+
+
+def build_loader(config: ServeConfig, base: Base, memory: Memory, blobs: Blobs) -> AdapterLoader:
+    is_pinned = base.device.name == "cuda" and memory.host_bytes > 0
+    return AdapterLoader(
+        blobs,
+        base.linears,
+        layout_of(base, memory),
+        config.max_rank,
+        base.decoder.base_weight,
+        _pinned if is_pinned else as_is,
+    )
+
+
+def _pinned(packed: PackedAdapter) -> PackedAdapter:
+    """Where copies to the device can start from."""
+    try:
+        return replace(packed, data=packed.data.pin_memory())
+    except RuntimeError as error:
+        log.warning("an adapter is kept in memory that is not pinned: %s", error)
+        return packed
+
+
+def _pinned_bytes(packed: PackedAdapter) -> int:
+    """Torch takes pinned memory in powers of two."""
+    return 1 << (packed.num_bytes - 1).bit_length()
 
 
 def build_runner(config: ServeConfig, base: Base, memory: Memory) -> ModelRunner:

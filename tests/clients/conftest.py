@@ -27,10 +27,10 @@ from loraplex_protos.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, i
 
 
 def refuse(
-    context: Any, code: grpc.StatusCode, reason: str, message: str, *details: Any
+    context: Any, code: grpc.StatusCode, reason: str, message: str, *details: Any, **facts: str
 ) -> NoReturn:
-    """Ends a call as the real server does."""
-    info = error_details_pb2.ErrorInfo(reason=reason, domain="loraplex")
+    """Ends a call as the real server does; `facts` are ErrorInfo's."""
+    info = error_details_pb2.ErrorInfo(reason=reason, domain="loraplex", metadata=facts)
     status = status_pb2.Status(code=code.value[0], message=message)
     for detail in (info, *details):
         packed = any_pb2.Any()
@@ -82,6 +82,9 @@ class FakeServer:
     calls: list[Call] = field(default_factory=list)
     adapters: dict[str, adapters_pb2.Adapter] = field(default_factory=dict)
     weights: dict[str, bytes] = field(default_factory=dict)
+    partials: dict[str, bytes] = field(default_factory=dict)  # by upload_id
+    streams: dict[str, Any] = field(default_factory=dict)  # the newest one's context, by upload_id
+    lock: threading.Lock = field(default_factory=threading.Lock)
     generate: Callable[[inference_pb2.GenerateRequest, Any], Iterator[Any]] = words
     upload: Callable[["FakeServer", Iterator[Any], Any], Any] | None = None
     page_size: int = 2
@@ -119,21 +122,38 @@ def receive(server: FakeServer, requests: Iterator[Any], context: Any) -> Any:
     """The contract's upload, in order and to the last byte."""
     header = next(requests).header
     server.saw("UploadAdapter", header, context)
-    data = b""
+    with server.lock:
+        server.streams[header.upload_id] = context
+        committed = len(server.partials.get(header.upload_id, b""))
+    if header.resume_offset != committed:
+        out_of_range = (grpc.StatusCode.OUT_OF_RANGE, "OFFSET_MISMATCH", "not there")
+        refuse(context, *out_of_range, committed_size=str(committed))
     for request in requests:
         if request.HasField("finish"):
-            assert len(data) == header.total_size
-            assert sha256(data).hexdigest() == header.sha256
-            created = header.adapter_id not in server.adapters
-            return adapters_pb2.UploadAdapterResponse(
-                adapter=server.store(header, data), created=created, warnings=["a warning"]
-            )
-        chunk = request.chunk
+            return publish(server, header)
+        keep(server, header.upload_id, request.chunk, context)
+    refuse(context, grpc.StatusCode.ABORTED, "UPLOAD_INCOMPLETE", "the stream ended early")
+
+
+def keep(server: FakeServer, upload_id: str, chunk: Any, context: Any) -> None:
+    with server.lock:
+        if server.streams[upload_id] is not context:
+            refuse(context, grpc.StatusCode.ABORTED, "UPLOAD_TAKEN_OVER", "another goes on")
+        data = server.partials.get(upload_id, b"")
         assert chunk.offset == len(data)
         assert len(chunk.data) <= 1 << 20
         assert chunk.crc32 == crc32(chunk.data)
-        data += chunk.data
-    refuse(context, grpc.StatusCode.ABORTED, "UPLOAD_INCOMPLETE", "the stream ended early")
+        server.partials[upload_id] = data + chunk.data
+
+
+def publish(server: FakeServer, header: adapters_pb2.UploadHeader) -> Any:
+    data = server.partials.pop(header.upload_id, b"")
+    assert len(data) == header.total_size
+    assert sha256(data).hexdigest() == header.sha256
+    created = header.adapter_id not in server.adapters
+    return adapters_pb2.UploadAdapterResponse(
+        adapter=server.store(header, data), created=created, warnings=["a warning"]
+    )
 
 
 class _Inference(inference_pb2_grpc.InferenceServiceServicer):
@@ -164,6 +184,15 @@ class _Adapters(adapters_pb2_grpc.AdapterServiceServicer):
 
     def UploadAdapter(self, requests: Any, context: Any) -> Any:
         return (self.fake.upload or receive)(self.fake, requests, context)
+
+    def GetUpload(self, request: Any, context: Any) -> Any:
+        self.fake.saw("GetUpload", request, context)
+        if request.upload_id not in self.fake.partials:
+            refuse(context, grpc.StatusCode.NOT_FOUND, "UPLOAD_NOT_FOUND", "no such upload")
+        return adapters_pb2.GetUploadResponse(
+            state=adapters_pb2.UPLOAD_STATE_ACTIVE,
+            committed_size=len(self.fake.partials[request.upload_id]),
+        )
 
     def GetAdapter(self, request: Any, context: Any) -> Any:
         self.fake.saw("GetAdapter", request, context)

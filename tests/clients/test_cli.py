@@ -1,5 +1,6 @@
 """The commands as a shell sees them: output, exit codes, and what goes to which stream."""
 
+import argparse
 import json
 import os
 import re
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 import pytest
+from loraplex_client import Aborted, cli
 from loraplex_client.cli_options import _FIELDS
 from loraplex_protos.v1 import inference_pb2
 
@@ -172,6 +174,10 @@ def test_a_reader_that_goes_is_no_news(server: "FakeServer", command: Command) -
         (("chat", "--logprobs", "2"), "generate --json"),
         (("generate", "x", "--token", "a\nb"), "token"),
         (("adapters", "upload", "a"), "required: DIR"),
+        (("generate", "x", "--blend", "a"), "'a' is not NAME=WEIGHT,NAME=WEIGHT"),
+        (("generate", "x", "--blend", "a=1,a=2"), "is not NAME=WEIGHT"),
+        (("generate", "x", "--blend", "a=x"), "'x' is not a number"),
+        (("generate", "x", "--blend", "a=1,b=1", "--adapter", "c"), "not allowed with"),
     ],
 )
 def test_usage(command: Command, arguments: tuple[str, ...], message: str) -> None:
@@ -251,27 +257,65 @@ def test_the_life_of_an_adapter(
         "uploaded pirate (rank 8, 2.0 KiB, version abababababab)\n",
         "loraplex: warning: a warning\n",
     )
-    code, out, _ = finish(command("adapters", "upload", "a", folder, "--replace", "--json"))
+    flags = ("--replace", "--if-match=e1", "--json")
+    code, out, _ = finish(command("adapters", "upload", "a", folder, *flags))
     assert code == 0
     assert json.loads(out)["adapter"]["create_time"] == "2026-01-02T03:04:05+00:00"
-    assert server.calls[-1].request.replace
+    header = server.calls[-1].request
+    assert (header.replace, header.if_match_etag) == (True, "e1")
 
+    facts = "8     2.0 KiB  ready  disk   no      0       never      abababababab  q_proj,v_proj"
     assert finish(command("adapters", "list"))[1].splitlines() == [
-        "NAME    RANK  SIZE     STATE  WHERE  PINNED  VERSION       MODULES",
-        "a       8     2.0 KiB  ready  disk   no      abababababab  q_proj,v_proj",
-        "pirate  8     2.0 KiB  ready  disk   no      abababababab  q_proj,v_proj",
+        "NAME    RANK  SIZE     STATE  WHERE  PINNED  IN USE  LAST USED  VERSION       MODULES",
+        f"a       {facts}",
+        f"pirate  {facts}",
     ]
     listed = finish(command("adapters", "list", "--json"))[1].splitlines()
     assert [json.loads(line)["adapter_id"] for line in listed] == ["a", "pirate"]
 
+    server.adapters["a"].references = 3
+    server.adapters["a"].last_used_time.GetCurrentTime()
     assert finish(command("adapters", "pin", "a"))[1] == "pinned a\n"
     shown = finish(command("adapters", "show", "a"))[1]
     assert re.search(r"^pinned +yes$", shown, re.MULTILINE)
     assert re.search(r"^size_bytes +2000 \(2.0 KiB\)$", shown, re.MULTILINE)
+    assert re.search(r"^residency +disk$", shown, re.MULTILINE)
+    assert re.search(r"^references +3 \(requests that use it now\)$", shown, re.MULTILINE)
+    assert re.search(r"^last_used_time +\S+ \(\d+ \w+ ago\)$", shown, re.MULTILINE)
+    assert len({re.match(r"\w+ +", line).end() for line in shown.splitlines()}) == 1  # type: ignore[union-attr]
     assert json.loads(finish(command("adapters", "show", "a", "--json"))[1])["pinned"] is True
     assert finish(command("adapters", "unpin", "a"))[1] == "unpinned a\n"
     assert finish(command("adapters", "delete", "a"))[1] == "deleted a\n"
     assert sorted(server.adapters) == ["pirate"]
+
+
+@pytest.mark.parametrize(
+    ("reason", "help_"),
+    [
+        ("ADAPTER_EXISTS", "--replace"),
+        ("ETAG_MISMATCH", "adapters show"),
+        ("UPLOAD_IN_PROGRESS", "try again"),
+        ("UPLOAD_TAKEN_OVER", "goes on"),
+        ("PINS_EXCEED_MEMORY", "--memory"),
+    ],
+)
+def test_errors_say_what_can_be_done(
+    reason: str, help_: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(args: argparse.Namespace) -> int:
+        raise Aborted("no", reason=reason)
+
+    assert cli.run(fail, argparse.Namespace()) == 1
+    line = capsys.readouterr().err
+    assert line.startswith("loraplex: no (")
+    assert help_ in line
+
+
+def test_a_blend(server: "FakeServer", command: Command) -> None:
+    assert finish(command("generate", "x", "--blend", "a=0.7,b=-1e-1"))[0] == 0
+    request = server.calls[0].request
+    assert {member.adapter_id: member.weight for member in request.blend} == {"a": 0.7, "b": -0.1}
+    assert request.adapter_id == ""
 
 
 def test_a_folder_that_is_no_adapter(command: Command, tmp_path: Path) -> None:

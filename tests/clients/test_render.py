@@ -3,9 +3,11 @@
 import io
 import json
 import math
+from datetime import UTC, datetime, timedelta
 
 import pytest
 from loraplex_client.render import (
+    ago,
     human_bytes,
     one_line,
     printable,
@@ -67,6 +69,24 @@ def test_json_has_no_nan() -> None:
 )
 def test_human_bytes(count: int, text: str) -> None:
     assert human_bytes(count) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (None, "never"),
+        (-3, "0 s ago"),  # their clock and ours
+        (0.9, "0 s ago"),
+        (59, "59 s ago"),
+        (60, "1 min ago"),
+        (3599, "59 min ago"),
+        (86_399, "23 h ago"),
+        (10 * 86_400, "10 d ago"),
+    ],
+)
+def test_ago(seconds: float | None, text: str) -> None:
+    now = datetime(2026, 1, 2, tzinfo=UTC)
+    assert ago(None if seconds is None else now - timedelta(seconds=seconds), now) == text
 
 
 def test_tables() -> None:

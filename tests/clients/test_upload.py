@@ -11,12 +11,15 @@ from loraplex_client.errors import (
     Aborted,
     AdapterFolderError,
     DataLoss,
+    DeadlineExceeded,
     InvalidArgument,
     LoraplexError,
+    OutOfRange,
     ServerUnreachable,
     Unavailable,
 )
-from loraplex_client.upload import CHUNK_BYTES, Deadline, RetryPolicy, prepare, sent_bytes
+from loraplex_client.upload import Deadline, RetryPolicy, Tries, prepare, sent_bytes
+from loraplex_client.weights import CHUNK_BYTES
 
 MakeAdapter = Callable[..., Path]
 
@@ -47,6 +50,10 @@ def test_messages(size: int, sizes: list[int], make_adapter: MakeAdapter) -> Non
     sent = [sent_bytes(message) for message in (header, *chunks, finish)]
     assert sent == [0, *(sum(sizes[: n + 1]) for n in range(len(sizes))), None]
 
+    resumed = list(prepare("pirate", folder, False).resumed(size // 2).requests())
+    assert resumed[0].header.resume_offset == sent_bytes(resumed[0]) == size // 2
+    assert b"".join(m.chunk.data for m in resumed[1:-1]) == weights[size // 2 :]
+
 
 def test_the_upload_id_follows_from_name_and_content(make_adapter: MakeAdapter) -> None:
     folder, other = make_adapter(100), make_adapter(101)
@@ -63,10 +70,13 @@ def test_the_upload_id_follows_from_name_and_content(make_adapter: MakeAdapter) 
     assert upload_id("a", folder) != first
 
 
-def test_replace_travels(make_adapter: MakeAdapter) -> None:
+def test_replace_and_etag_travel(make_adapter: MakeAdapter) -> None:
     folder = make_adapter(10)
     assert prepare("a", folder, True).header.replace
     assert not prepare("a", folder, False).header.replace
+    assert prepare("a", folder, False, "e1").header.if_match_etag == "e1"
+    ids = {prepare("a", folder, *how).header.upload_id for how in ((True,), (False, "e1"))}
+    assert len(ids) == 1
 
 
 @pytest.mark.parametrize(
@@ -75,10 +85,6 @@ def test_replace_travels(make_adapter: MakeAdapter) -> None:
         ({}, "holds no adapter_model.safetensors"),
         ({"adapter_model.safetensors": b"x"}, "holds no adapter_config.json"),
         ({"adapter_config.json": b"{}", "adapter_model.bin": b"x"}, "a pickle"),
-        (
-            {"adapter_config.json": b"{}", "adapter_model.safetensors.index.json": b"{}"},
-            "several safetensors files",
-        ),
         (
             {"adapter_config.json": b"\xff\xfe", "adapter_model.safetensors": b"x"},
             "is not UTF-8 text",
@@ -133,19 +139,52 @@ _BROKEN = Unavailable("broke")
         (1, _BROKEN, 0.5, None),
         (1, Unavailable("later", retry_after=3.0), None, 3.0),
         (1, Unavailable("much later", retry_after=31.0), None, None),
-        (1, ServerUnreachable("nobody"), None, None),
-        (2, ServerUnreachable("restarting"), None, 2.0),
-        (1, Aborted("two", reason="UPLOAD_IN_PROGRESS"), None, None),
-        (2, Aborted("the one that broke", reason="UPLOAD_IN_PROGRESS"), None, 2.0),
-        (2, Aborted("ended", reason="UPLOAD_INCOMPLETE"), None, None),
-        (1, DataLoss("crc32"), None, None),
-        (1, InvalidArgument("no"), None, None),
     ],
 )
-def test_when_to_try_again(
+def test_how_long_to_wait(
     failures: int, error: LoraplexError, remaining: float | None, expected: float | None
 ) -> None:
     assert RetryPolicy(delays=(1.0, 2.0)).delay(failures, error, remaining) == expected
+
+
+def mismatch(committed: str) -> LoraplexError:
+    return OutOfRange("no", reason="OFFSET_MISMATCH", metadata={"committed_size": committed})
+
+
+_NOBODY = ServerUnreachable("nobody")
+
+
+@pytest.mark.parametrize(
+    ("errors", "delays"),
+    [
+        ([_BROKEN] * 3, [1.0, 2.0, None]),
+        ([_NOBODY], [None]),
+        ([_BROKEN, _NOBODY], [1.0, 2.0]),  # it restarts
+        ([_BROKEN, mismatch("5"), _BROKEN, _BROKEN, _BROKEN], [1.0, 0.0, 1.0, 2.0, None]),
+        ([_BROKEN, mismatch("5"), _NOBODY], [1.0, 0.0, 1.0]),
+        ([mismatch("5"), mismatch("3"), mismatch("5"), mismatch("3")], [0.0] * 4),
+        ([mismatch("5"), *[mismatch("3")] * 4], [0.0] * 4 + [None]),
+        ([mismatch("11")], [None]),  # more than there is
+        ([mismatch("")], [None]),
+        ([DeadlineExceeded("slept", reason="UPLOAD_STALLED")], [1.0]),
+        ([DataLoss("crc32", reason="CRC32_MISMATCH")], [1.0]),
+        ([DataLoss("sha256", reason="SHA256_MISMATCH")], [None]),
+        ([DeadlineExceeded("over")], [None]),
+        ([Unavailable("disk", reason="STORE_UNAVAILABLE")], [None]),
+        ([Aborted("another's", reason="UPLOAD_IN_PROGRESS")], [None]),
+        ([Aborted("another command's", reason="UPLOAD_TAKEN_OVER")], [None]),
+        ([InvalidArgument("no")], [None]),
+    ],
+)
+def test_when_to_try_again(
+    errors: list[LoraplexError], delays: list[float | None], make_adapter: MakeAdapter
+) -> None:
+    upload = prepare("a", make_adapter(10), False)
+    tries = Tries(upload, RetryPolicy(delays=(1.0, 2.0)), Deadline.after(None))
+    assert [tries.failed(error) for error in errors] == delays
+    corrected = [e for e, delay in zip(errors, delays, strict=True) if delay == 0.0]
+    wanted = int(corrected[-1].metadata["committed_size"]) if corrected else 0
+    assert tries.upload.header.resume_offset == wanted
 
 
 def test_deadlines() -> None:

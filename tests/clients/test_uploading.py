@@ -4,6 +4,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterator
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +16,17 @@ from loraplex_client import (
     AsyncClient,
     Client,
     DeadlineExceeded,
+    NotFound,
+    OutOfRange,
     RetryPolicy,
     Unavailable,
     UploadResult,
+    UploadState,
 )
-from loraplex_client.upload import Progress
+from loraplex_client.upload import Progress, upload_id_of
 from loraplex_protos.v1 import adapters_pb2
+
+from tests.clients.conftest import refuse
 
 if TYPE_CHECKING:
     from tests.clients.conftest import CuttingProxy, FakeServer
@@ -86,7 +92,7 @@ def test_an_early_refusal_is_final(
 
 
 @pytest.mark.parametrize("limit", [100_000, 10 << 20])
-def test_a_broken_connection_starts_again(
+def test_a_broken_connection_goes_on_where_it_broke(
     server: "FakeServer",
     send: Send,
     make_adapter: MakeAdapter,
@@ -99,11 +105,14 @@ def test_a_broken_connection_starts_again(
     assert send(proxy.target, folder, lambda sent, total: seen.append(sent)).created
     assert proxy.connections == 3
     assert server.weights["a"] == (folder / "adapter_model.safetensors").read_bytes()
-    assert seen.count(0) >= 2
     assert seen[-1] == _LARGE
     headers = [call.request for call in server.calls]
     assert len({header.upload_id for header in headers}) == 1
-    assert {header.resume_offset for header in headers} == {0}
+    offsets = [header.resume_offset for header in headers]
+    assert offsets == sorted(offsets)
+    assert set(offsets) <= set(seen)  # each try reports from where it begins
+    if limit > 1 << 20:
+        assert offsets[-1] > 1 << 20
 
 
 def test_tries_are_bounded(
@@ -117,6 +126,51 @@ def test_tries_are_bounded(
         send(proxy.target, make_adapter(_LARGE))
     assert proxy.connections == 4
     assert server.weights == {}
+
+
+def test_what_an_earlier_command_sent_is_not_sent_again(
+    server: "FakeServer", send: Send, make_adapter: MakeAdapter
+) -> None:
+    folder = make_adapter(_LARGE)
+    weights = (folder / "adapter_model.safetensors").read_bytes()
+    upload_id = upload_id_of("a", sha256(weights).hexdigest(), _config(folder))
+    server.partials[upload_id] = weights[: (9 << 20) + 7]
+    seen: list[int] = []
+    assert send(server.target, folder, lambda sent, total: seen.append(sent)).created
+    assert server.weights["a"] == weights
+    assert [call.request.resume_offset for call in server.calls] == [0, (9 << 20) + 7]
+    assert (9 << 20) + 7 in seen
+
+    server.partials[upload_id] = weights  # only the finish did not come
+    assert not send(server.target, folder).created
+
+
+def _config(folder: Path) -> str:
+    return (folder / "adapter_config.json").read_text()
+
+
+def test_how_far_an_upload_came(server: "FakeServer") -> None:
+    server.partials["u"] = bytes(17)
+    with Client(server.target) as client:
+        status = client.get_upload("u")
+        assert (status.state, status.committed_size) == (UploadState.ACTIVE, 17)
+        assert (status.expire_time, status.adapter) == (None, None)
+        with pytest.raises(NotFound):
+            client.get_upload("v")
+
+
+def test_a_server_that_never_agrees_is_given_up(
+    server: "FakeServer", send: Send, make_adapter: MakeAdapter
+) -> None:
+    def confused(server: "FakeServer", requests: Iterator[Any], context: Any) -> Any:
+        committed = 7 if _first(server, requests, context).resume_offset == 0 else 0
+        out_of_range = (grpc.StatusCode.OUT_OF_RANGE, "OFFSET_MISMATCH", "not there")
+        refuse(context, *out_of_range, committed_size=str(committed))
+
+    server.upload = confused
+    with pytest.raises(OutOfRange, match="not there"):
+        send(server.target, make_adapter(10))
+    assert len(server.calls) < 10
 
 
 def test_the_timeout_holds_for_all_tries_together(

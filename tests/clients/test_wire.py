@@ -17,6 +17,7 @@ from loraplex_client.values import (
     Timings,
     TokenLogprobs,
     TopLogprob,
+    UploadState,
     Usage,
     UsedAdapter,
     Visibility,
@@ -83,6 +84,8 @@ def test_none_is_not_set_and_one_stop_is_a_list_of_one() -> None:
 def test_the_call_itself() -> None:
     made = request(request_id="r", adapter_version="v", priority=-3)
     assert (made.request_id, made.adapter_version, made.priority) == ("r", "v", -3)
+    members = request(blend={"a": 0.7, "b": -1}).blend
+    assert [(member.adapter_id, member.weight) for member in members] == [("a", 0.7), ("b", -1.0)]
 
 
 @pytest.mark.parametrize(
@@ -94,6 +97,7 @@ def test_the_call_itself() -> None:
         (("a", None, None), {"temprature": 1.0}, "unknown option 'temprature'"),
         (("a", None, None), {"adapter": "x"}, "unknown option 'adapter'"),
         (("a", None, None), {"tools": []}, "'tools' needs messages="),
+        (("a", None, None), {"blend": {}}, "'blend' names no adapter"),
         ((None, [{"role": "user", "text": "a"}], None), {}, "unknown key 'text'"),
         (("a", None, None), {"temperature": "hot"}, "hot|str|float"),
     ],
@@ -227,10 +231,23 @@ def test_adapters() -> None:
     assert wire.adapter_of(adapters_pb2.Adapter()).state is AdapterState.UNKNOWN
 
 
+def test_uploads() -> None:
+    published = adapters_pb2.UPLOAD_STATE_PUBLISHED
+    theirs = adapters_pb2.GetUploadResponse(state=published, committed_size=7)
+    theirs.expire_time.FromJsonString("2026-01-02T03:04:05Z")
+    theirs.adapter.references = 2
+    ours = wire.upload_status_of(theirs)
+    assert (ours.state, ours.committed_size) == (UploadState.PUBLISHED, 7)
+    assert ours.expire_time == datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+    assert ours.adapter is not None
+    assert ours.adapter.references == 2
+
+
 @pytest.mark.parametrize(
     ("ours", "theirs"),
     [
         (FinishReason, inference_pb2.FinishReason),
+        (UploadState, adapters_pb2.UploadState),
         (AdapterState, adapters_pb2.AdapterState),
         (Residency, adapters_pb2.AdapterResidency),
         (Visibility, adapters_pb2.AdapterVisibility),

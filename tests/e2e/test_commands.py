@@ -13,7 +13,8 @@ from loraplex_client import Client, ServerUnreachable
 from loraplex_client.examples import example_adapters
 
 if TYPE_CHECKING:
-    from tests.e2e.conftest import AdapterMaker, ServerProcess
+    from tests.e2e.conftest import AdapterMaker
+    from tests.e2e.servers import ServerProcess
 
 
 def loraplex(*args: str, server: str = "") -> "subprocess.CompletedProcess[str]":

@@ -8,7 +8,8 @@ import pytest
 from loraplex.model.config import MODULES, read_model_config
 
 if TYPE_CHECKING:
-    from tests.e2e.conftest import AdapterMaker, ServerFactory
+    from tests.e2e.conftest import AdapterMaker
+    from tests.e2e.servers import ServerFactory
 
 PROMPT_TOKENS = [504, 3575, 282, 4649]
 

@@ -10,7 +10,7 @@ import pytest
 from loraplex_client import Client, DeadlineExceeded, Delta, Started
 
 if TYPE_CHECKING:
-    from tests.e2e.conftest import ServerProcess
+    from tests.e2e.servers import ServerProcess
 
 PROMPT = "Once upon a time"
 MANY = 4000  # tokens: minutes

@@ -11,10 +11,21 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from loraplex.model.config import read_model_config
-from loraplex_client import Adapter, Client, Delta, Finished, FinishReason, Unavailable
+from loraplex_client import (
+    Adapter,
+    Client,
+    Delta,
+    Finished,
+    FinishReason,
+    Residency,
+    Unavailable,
+)
+
+from tests.e2e.servers import slow_upload
 
 if TYPE_CHECKING:
-    from tests.e2e.conftest import AdapterMaker, ServerFactory, ServerProcess
+    from tests.e2e.conftest import AdapterMaker
+    from tests.e2e.servers import ServerFactory, ServerProcess
 
 PROMPT = "Once upon a time"
 
@@ -68,12 +79,17 @@ def test_a_second_signal_ends_it_at_once(serve: "ServerFactory", tiny_model: Pat
 def test_what_was_acknowledged_survives(
     serve: "ServerFactory", tiny_model: Path, make_adapter: "AdapterMaker", tmp_path: Path
 ) -> None:
-    """A clean end, then a kill in the middle of work, then Ctrl-C."""
+    """Names, pins and half an upload: over a clean end, a kill amid work, and Ctrl-C."""
     base, store, model = read_model_config(tiny_model), tmp_path / "kept", f"--model={tiny_model}"
+    folder = make_adapter(base, 8)
+    num_sent = (folder / "adapter_model.safetensors").stat().st_size // 2
 
     first = serve(model, store=store)
     with first.client() as client:
-        adapter = client.upload_adapter("early", make_adapter(base)).adapter
+        client.upload_adapter("early", make_adapter(base))
+        adapter = client.pin_adapter("early")
+        with slow_upload(first, "late", folder, num_sent):
+            pass  # it is killed
         said = {"early": greedy(client, "early"), "": greedy(client, "")}
     assert said["early"] != said[""]
     assert first.end() == 0
@@ -81,17 +97,20 @@ def test_what_was_acknowledged_survives(
     second = serve(model, store=store)
     with second.client() as client, closing(client.stream(PROMPT, max_tokens=8000)) as running:
         check_kept(client, adapter)
+        second.eventually(lambda: client.get_adapter("early").residency is Residency.DEVICE)
         assert greedy(client, "early") == said["early"]
         next(running)
-        late = client.upload_adapter("late", make_adapter(base, 8)).adapter
+        begun: list[int] = []
+        late = client.upload_adapter("late", folder, progress=lambda at, _: begun.append(at))
+        assert num_sent in begun  # what came to the first server does not come again
         assert second.end(signal.SIGKILL) == -signal.SIGKILL
     (store / "uploads/default/torn").mkdir()  # as a kill in mid-upload leaves it
 
     third = serve(model, store=store)
     with third.client() as client:
-        assert list((store / "uploads/default").iterdir()) == []
+        assert not (store / "uploads/default/torn").exists()
         check_kept(client, adapter)
-        check_kept(client, late)
+        check_kept(client, late.adapter)
         assert greedy(client, "early") == said["early"]
         assert greedy(client, "") == said[""]
         assert greedy(client, "late") not in said.values()
@@ -105,7 +124,7 @@ def greedy(client: Client, name: str) -> tuple[int, ...]:
 def check_kept(client: Client, adapter: Adapter) -> None:
     """The same name, version, etag and time of birth; it may have been used since."""
     found = client.get_adapter(adapter.adapter_id)
-    kept = ("version", "etag", "create_time", "rank", "size_bytes", "state")
+    kept = ("version", "etag", "create_time", "rank", "size_bytes", "state", "pinned")
     assert [getattr(found, name) for name in kept] == [getattr(adapter, name) for name in kept]
 
 

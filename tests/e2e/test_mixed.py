@@ -11,7 +11,8 @@ from loraplex.model.config import MODULES, ModelConfig
 from loraplex_client import AsyncClient, Client, Completion, FinishReason, UsedAdapter
 
 if TYPE_CHECKING:
-    from tests.e2e.conftest import AdapterMaker, ServerProcess
+    from tests.e2e.conftest import AdapterMaker
+    from tests.e2e.servers import ServerProcess
 
 RANKS_AND_MODULES: Mapping[str, tuple[int, Sequence[str]]] = {
     "one": (1, ("q_proj", "v_proj")),

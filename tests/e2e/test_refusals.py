@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from tests.e2e.conftest import ServerProcess
+    from tests.e2e.servers import ServerProcess
 
 # Flags, and what the line must say. In braces: a model that could be served, one that could not,
 # and what another server has.

@@ -13,7 +13,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
 from loraplex_client import Client, InvalidArgument
 
 if TYPE_CHECKING:
-    from tests.e2e.conftest import ServerProcess
+    from tests.e2e.servers import ServerProcess
 
 SERVICES = ("loraplex.v1.InferenceService", "loraplex.v1.AdapterService")
 ONCE_A_STEP = ("engine_step_seconds", "batch_size", "batch_distinct_adapters")

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from loraplex.model.checkpoint import Checkpoint
 from loraplex.model.config import MODULES
 from loraplex_client.examples import example_adapters
 from peft import LoraConfig, get_peft_model
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 NUM_NEW = 16
@@ -50,10 +52,8 @@ F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 GENERATED: dict[str, Generated] = {
     "rank 1": of_rank(1, F32),
     "rank 4": of_rank(4, BF16),
-    "rank 8": of_rank(8, F16),
     "rank 16": of_rank(16, F32),
     "rank 24": of_rank(24, BF16, alpha=7.5),
-    "rank 32": of_rank(32, F16),
     "rank 64": of_rank(64, BF16),
     "q, v": on(["q_proj", "v_proj"], 8, F32, 0.3),
     "o, down": on(["o_proj", "down_proj"], 16, BF16, 0.15),
@@ -81,15 +81,40 @@ GENERATED: dict[str, Generated] = {
     "some layers": Generated(
         BF16, 0.4, {"r": 16, "lora_alpha": 8, "layers_to_transform": [0, 7, 8, 29]}
     ),
+    # " the animals", in the middle of the second text.
+    "activated": Generated(
+        F32, 0.3, {"r": 8, "lora_alpha": 16, "alora_invocation_tokens": [260, 2355]}
+    ),
+    "DoRA": Generated(
+        F16,
+        config={
+            "r": 12,
+            "lora_alpha": 16,
+            "use_dora": True,
+            "target_modules": ["q_proj", "v_proj", "down_proj"],
+        },
+    ),
+    "vocabulary": on(["embed_tokens", "lm_head", "v_proj"], 8, BF16, 0.3),
 }
 
 
 @dataclass(frozen=True)
+class Blend:
+    """A weighted sum of adapters, by their names."""
+
+    members: tuple[tuple[str, float], ...]
+
+
+Adapter = str | Blend | None
+"""None is the bare base."""
+
+
+@dataclass(frozen=True)
 class Case:
-    """The base (adapter None) or an adapter, and which of TEXTS it is asked."""
+    """What is asked, and which of TEXTS."""
 
     name: str
-    adapter: str | None
+    adapter: Adapter
     text: int
 
 
@@ -109,9 +134,10 @@ def all_batches() -> list[list[Case]]:
 
 @contextmanager
 def peft_as_it_is() -> Iterator[None]:
-    """PEFT 0.21 asks transformers 5 for a property by its former name."""
+    """PEFT 0.21 asks transformers 5 for a property by its former name, and warns of tied layers."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`", UserWarning)
         yield
 
 
@@ -122,21 +148,52 @@ def generate_adapter(generated: Generated, base: Path, folder: Path, seed: int) 
         skeleton = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base))
     with peft_as_it_is():
         model = get_peft_model(skeleton, LoraConfig(**options | dict(generated.config)))
-    generator = torch.Generator().manual_seed(seed)
-    for module in model.modules():
-        if not getattr(module, "lora_A", None):
-            continue
-        a, b = module.lora_A["default"], module.lora_B["default"]
-        rank, scale = module.r["default"], module.scaling["default"]
-        # Of x with elements of size 1, A x has elements of size 1, and W x of about `size`.
-        size = 0.04 * a.in_features**0.5
-        for matrix, std in (
-            (a, a.in_features**-0.5),
-            (b, generated.strength * size / scale / rank**0.5),
-        ):
-            values = torch.randn(matrix.weight.shape, generator=generator) * std
-            matrix.weight = torch.nn.Parameter(values.to(generated.dtype), requires_grad=False)
+    draw = Draw(generated, torch.Generator().manual_seed(seed))
+    checkpoint = Checkpoint(base)
+    for name, module in model.base_model.model.named_modules():
+        if getattr(module, "lora_A", None):
+            draw.linear(module)
+        if getattr(module, "lora_embedding_A", None):
+            draw.embedding(module)
+        if getattr(module, "lora_magnitude_vector", None):
+            draw.magnitude(module, checkpoint.read(f"{name}.weight"))
     model.save_pretrained(folder, save_embedding_layers=False)
+
+
+class Draw:
+    """Random values for the tensors of one adapter."""
+
+    def __init__(self, generated: Generated, generator: torch.Generator) -> None:
+        self._generated = generated
+        self._generator = generator
+
+    def linear(self, module: Any) -> None:
+        """Of x with elements of size 1, A x has elements of size 1, and W x of about `size`."""
+        a, b = module.lora_A["default"], module.lora_B["default"]
+        size = 0.04 * a.in_features**0.5
+        a.weight = self._values(a.weight, a.in_features**-0.5)
+        b.weight = self._values(b.weight, self._std_of_b(module, size))
+
+    def embedding(self, module: Any) -> None:
+        a, b = module.lora_embedding_A, module.lora_embedding_B
+        a["default"] = self._values(a["default"], 1.0)
+        b["default"] = self._values(b["default"], self._std_of_b(module, 0.1))
+
+    def magnitude(self, module: Any, weight: Tensor) -> None:
+        """Each row's norm, changed by a tenth or so."""
+        layer = module.lora_magnitude_vector["default"]
+        norms = weight.float().norm(dim=1)
+        layer.weight = self._values(layer.weight, 0.1 * norms, norms)
+
+    def _std_of_b(self, module: Any, size: float) -> float:
+        rank, scale = module.r["default"], module.scaling["default"]
+        return float(self._generated.strength * size / scale / rank**0.5)
+
+    def _values(
+        self, like: Tensor, std: float | Tensor, mean: float | Tensor = 0.0
+    ) -> torch.nn.Parameter:
+        values = torch.randn(like.shape, generator=self._generator) * std + mean
+        return torch.nn.Parameter(values.to(self._generated.dtype), requires_grad=False)
 
 
 class Folders:
@@ -145,9 +202,9 @@ class Folders:
     def __init__(
         self, base: Path, work: Path, generated: Mapping[str, Generated] = GENERATED
     ) -> None:
+        self.generated = generated
         self._base = base
         self._work = work
-        self._generated = generated
         self._examples = {f"example {e.name}": e.path for e in example_adapters()}
 
     def __call__(self, adapter: str) -> Path:
@@ -156,10 +213,10 @@ class Folders:
             if adapter in self._examples:
                 shutil.copytree(self._examples[adapter], folder)
             else:
-                seed = list(self._generated).index(adapter)
-                generate_adapter(self._generated[adapter], self._base, folder, seed)
+                seed = list(self.generated).index(adapter)
+                generate_adapter(self.generated[adapter], self._base, folder, seed)
         return folder
 
 
-def digest_of(adapter: str) -> str:
-    return hashlib.sha256(adapter.encode()).hexdigest()
+def digest_of(adapter: str | Blend) -> str:
+    return hashlib.sha256(str(adapter).encode()).hexdigest()

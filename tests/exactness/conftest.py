@@ -20,10 +20,12 @@ from loraplex.model.tokenizer import Tokenizer
 from loraplex_kernels.dispatch import cpu_ops
 from loraplex_kernels.ops import Ops
 from loraplex_kernels.reference import TorchOps
+from torch import Tensor
 
-from tests.exactness.cases import BF16, F32, TEXTS, Folders, all_batches, all_cases
-from tests.exactness.harness import CPU, Harness
-from tests.exactness.reference import Reference
+from tests.exactness.cases import BF16, F32, TEXTS, Case, Folders, all_batches, all_cases
+from tests.exactness.compare import Alone, Expected, Forced, PeftError, Prompts, rms
+from tests.exactness.harness import CPU, Answer, Harness, Request
+from tests.exactness.reference import Continuation, Reference
 
 DecoderOf = Callable[[torch.dtype, WeightForm], Decoder]
 
@@ -104,3 +106,54 @@ def torch_ops(decoder_of: DecoderOf, folders: Folders) -> Harness:
 def packed(decoder_of: DecoderOf, ops: Ops, folders: Folders) -> Harness:
     """In bfloat16, from the 4-bit codes."""
     return Harness(decoder_of(BF16, WeightForm.PACKED), ops, folders, num_blocks=224)
+
+
+@pytest.fixture(scope="module")
+def alone(float32: Harness, prompts: Prompts) -> Alone:
+    """What the engine says in float32 when nothing else runs."""
+
+    @cache
+    def answer(case: Case) -> Answer:
+        [only], _ = float32.run([Request(case.adapter, prompts[case.text])])
+        return only
+
+    return answer
+
+
+@pytest.fixture(scope="module")
+def expected(reference: Reference, alone: Alone, prompts: Prompts) -> Expected:
+    """What PEFT says in float32."""
+
+    @cache
+    def continuation(case: Case) -> Continuation:
+        return reference.greedy(case.adapter, prompts[case.text], alone(case).tokens)
+
+    return continuation
+
+
+@pytest.fixture(scope="module")
+def of_base(reference: Reference, prompts: Prompts) -> Callable[[int], Tensor]:
+    """The base's logits for one of the prompts."""
+    return cache(lambda text: reference.logits(None, prompts[text]))
+
+
+@pytest.fixture(scope="module")
+def forced(expected: Expected, prompts: Prompts) -> Forced:
+    """A request that takes the tokens PEFT says in float32."""
+
+    def request(case: Case) -> Request:
+        return Request(case.adapter, prompts[case.text], expected(case).tokens)
+
+    return request
+
+
+@pytest.fixture(scope="module")
+def peft_error(reference: Reference, expected: Expected, forced: Forced) -> PeftError:
+    """RMS error of PEFT's logits with a bf16 base."""
+
+    @cache
+    def measure(case: Case) -> float:
+        tokens = [*forced(case).prompt, *expected(case).tokens[:-1]]
+        return rms(reference.logits(case.adapter, tokens, BF16) - expected(case).logits)
+
+    return measure

@@ -8,13 +8,14 @@ from typing import TypeVar
 
 import torch
 from loraplex.adapters.packing import Layout, PackedAdapter, pack
-from loraplex.adapters.peft import BaseLinear, read_adapter, read_config
+from loraplex.adapters.peft import AdapterSpec, BaseLinear, read_adapter, read_config
 from loraplex.adapters.pool import AdapterPool
+from loraplex.adapters.tiers import HostTier, Tier
 from loraplex.engine.arena import Arena, Use
 from loraplex.engine.engine import Engine, EngineConfig, EngineState, StepRecord
 from loraplex.engine.model_runner import ModelRunner, RunnerConfig, block_shape
 from loraplex.engine.scheduler import Sampled, Scheduled, Scheduler, SchedulerConfig
-from loraplex.engine.sequence import SamplingParams, StopParams, Tokens
+from loraplex.engine.sequence import BlendPart, SamplingParams, StopParams, Tokens
 from loraplex.engine.sequence import Sequence as EngineSequence
 from loraplex.engine.stream import TokenStream
 from loraplex.errors import RequestError
@@ -22,7 +23,7 @@ from loraplex.model.decoder import Activations, Decoder, DecoderInput
 from loraplex_kernels.ops import Ops
 from torch import Tensor
 
-from tests.exactness.cases import BATCH, NUM_NEW, Folders, digest_of
+from tests.exactness.cases import BATCH, NUM_NEW, Adapter, Blend, Folders, digest_of
 
 CPU = torch.device("cpu")
 MAX_RANK = 64
@@ -35,7 +36,7 @@ T = TypeVar("T")
 class Request:
     """`forced`: these tokens are taken instead of those drawn."""
 
-    adapter: str | None
+    adapter: Adapter
     prompt: list[int]
     forced: list[int] | None = None
     sampling: SamplingParams = GREEDY
@@ -63,6 +64,9 @@ class RecordingDecoder(Decoder):
         self, batch: DecoderInput, kv_cache: Tensor, ops: Ops, memory: Activations
     ) -> Tensor:
         every_row = replace(batch, logits_rows=torch.arange(len(batch.token_ids)))
+        if batch.vocabulary is not None:
+            updates = replace(batch.vocabulary, logits_segments=batch.vocabulary.segments)
+            every_row = replace(every_row, vocabulary=updates)
         self.last = self._decoder.forward(every_row, kv_cache, ops, memory).clone()
         return self.last[batch.logits_rows]
 
@@ -78,6 +82,7 @@ class RecordingRunner:
     ) -> None:
         self.copy_adapter = runner.copy_adapter
         self.bind_slot = runner.bind_slot
+        self.bind_blend = runner.bind_blend
         self.logits: dict[str, list[Tensor]] = {request_id: [] for request_id in requests}
         self._runner = runner
         self._decoder = decoder
@@ -130,6 +135,8 @@ class Steps:
     def on_load(self, digest: str, seconds: float, error: RequestError | None) -> None:
         self.errors += [error] if error is not None else []
 
+    def on_evictions(self, tier: Tier, count: int) -> None: ...
+
 
 class Harness:
     """The engine as the server builds it, anew for every run around the same model runner.
@@ -144,16 +151,18 @@ class Harness:
         config = RunnerConfig(num_blocks, BATCH, MAX_RANK, MAX_ROWS, MAX_ROWS, CPU)
         self._runner = ModelRunner(self._decoder, ops, config)
         self._block = block_shape(decoder.config, decoder.dtype, decoder.dtype)
-        self._linears = {s.name: BaseLinear(*s) for s in decoder.config.linears()}
-        self._packed: dict[str, PackedAdapter] = {}  # by digest
+        self._linears = {s.name: BaseLinear(*s) for s in decoder.config.adaptable()}
+        self._base_weights = decoder.base_weight
+        self._specs: dict[str, AdapterSpec] = {}  # by digest, as these
+        self._packed: dict[str, PackedAdapter] = {}
 
     def run(
         self, requests: Sequence[Request], max_step_tokens: int = MAX_ROWS
     ) -> tuple[list[Answer], list[StepRecord]]:
         """All requests at once; each one's answer, and the record of every step."""
-        adapters = {request.adapter for request in requests if request.adapter is not None}
-        for adapter in adapters:
-            self._pack(adapter)
+        for request in requests:
+            for name, _ in _members(request.adapter):
+                self._pack(name)
         return asyncio.run(self._run(requests, max_step_tokens))
 
     async def _run(
@@ -169,7 +178,8 @@ class Harness:
         )
         steps = Steps()
         config = EngineConfig(max_live=len(named))
-        engine = Engine(scheduler, runner, Loader(self._packed), steps, config)
+        host: HostTier[PackedAdapter] = HostTier(max_bytes=1 << 30)
+        engine = Engine(scheduler, runner, Loader(self._packed), host, steps, config)
         streams = [engine.submit(self._sequence(*item)) for item in named.items()]
         engine.start()
         try:
@@ -183,9 +193,18 @@ class Harness:
         return list(map(Answer, tokens, logits)), steps.records
 
     def _sequence(self, request_id: str, request: Request) -> EngineSequence:
-        digest = None if request.adapter is None else digest_of(request.adapter)
-        stop = StopParams(request.max_tokens)
-        return EngineSequence(request_id, request.prompt, request.sampling, stop, digest)
+        sequence = EngineSequence(
+            request_id, request.prompt, request.sampling, StopParams(request.max_tokens)
+        )
+        if isinstance(request.adapter, Blend):
+            sequence.blend = tuple(
+                BlendPart(digest_of(name), weight) for name, weight in request.adapter.members
+            )
+        if request.adapter is not None:
+            sequence.digest = digest_of(request.adapter)
+            tokens = [self._specs[version].invocation_tokens for version in sequence.versions]
+            sequence.adapter_start = max(_last_start(request.prompt, list(t)) for t in tokens)
+        return sequence
 
     def _pack(self, adapter: str) -> None:
         if digest_of(adapter) in self._packed:
@@ -195,7 +214,24 @@ class Harness:
         weights = folder / "adapter_model.safetensors"
         spec = read_adapter(weights, config, self._linears, MAX_RANK)
         layout = Layout(self._block.size, self._decoder.dtype)
-        self._packed[digest_of(adapter)] = pack(weights, spec, layout)
+        self._specs[digest_of(adapter)] = spec
+        self._packed[digest_of(adapter)] = pack(weights, spec, layout, self._base_weights)
+
+
+def _members(adapter: Adapter) -> tuple[tuple[str, float], ...]:
+    if isinstance(adapter, Blend):
+        return adapter.members
+    return () if adapter is None else ((adapter, 1.0),)
+
+
+def _last_start(prompt: list[int], invocation: list[int]) -> int:
+    """Where an activated adapter's tokens stand in the prompt for the last time."""
+    places = range(len(prompt) - len(invocation), -1, -1)
+    return (
+        next(i for i in places if prompt[i : i + len(invocation)] == invocation)
+        if invocation
+        else 0
+    )
 
 
 async def _read(stream: TokenStream) -> list[int]:

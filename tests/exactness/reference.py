@@ -14,7 +14,16 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from tests.exactness.cases import BF16, F32, GENERATED, NUM_NEW, Folders, peft_as_it_is
+from tests.exactness.cases import (
+    BF16,
+    F32,
+    NUM_NEW,
+    Adapter,
+    Blend,
+    Folders,
+    digest_of,
+    peft_as_it_is,
+)
 
 
 @dataclass(frozen=True)
@@ -54,7 +63,7 @@ class Reference:
         for linear in read_model_config(self._base).linears():
             weight = model.get_submodule(linear.name).weight
             weight.data = nf4.quantize(weight.data).dequantize()
-        first = next(iter(GENERATED))
+        first = next(iter(self._folders.generated))
         self._loaded.add(first)
         with peft_as_it_is():
             return PeftModel.from_pretrained(model, self._folders(first), first).eval()
@@ -65,22 +74,32 @@ class Reference:
         return {dtype: [(p, p.data.to(dtype)) for p in parameters] for dtype in (BF16, F32)}
 
     @torch.inference_mode()
-    def logits(
-        self, adapter: str | None, tokens: Sequence[int], dtype: torch.dtype = F32
-    ) -> Tensor:
+    def logits(self, adapter: Adapter, tokens: Sequence[int], dtype: torch.dtype = F32) -> Tensor:
         """fp32 [len(tokens), vocab], in one forward pass."""
         for parameter, values in self._weights[dtype]:
             parameter.data = values
-        if adapter is not None and adapter not in self._loaded:
-            self._model.load_adapter(self._folders(adapter), adapter_name=adapter)
-            self._loaded.add(adapter)
         if adapter is not None:
-            self._model.set_adapter(adapter)
+            self._model.set_adapter(self._name(adapter))
         with self._model.disable_adapter() if adapter is None else nullcontext():
             logits: Tensor = self._model(torch.tensor([tokens]), use_cache=False).logits[0]
         return logits.float()
 
-    def greedy(self, adapter: str | None, prompt: list[int], draft: list[int]) -> Continuation:
+    def _name(self, adapter: str | Blend) -> str:
+        """What PEFT calls it; loaded, or added up, when it is first asked for."""
+        name = adapter if isinstance(adapter, str) else digest_of(adapter)
+        if name in self._loaded:
+            return name
+        with peft_as_it_is():
+            if isinstance(adapter, str):
+                self._model.load_adapter(self._folders(adapter), adapter_name=name)
+            else:
+                members = [self._name(member) for member, _ in adapter.members]
+                weights = [weight for _, weight in adapter.members]
+                self._model.add_weighted_adapter(members, weights, name, combination_type="cat")
+        self._loaded.add(name)
+        return name
+
+    def greedy(self, adapter: Adapter, prompt: list[int], draft: list[int]) -> Continuation:
         """PEFT's own greedy tokens in float32, whatever the draft; a good one saves passes.
 
         Speculative decoding (Leviathan et al. 2023): a draft's tokens are kept as far as they are

@@ -9,116 +9,27 @@ are printed: `pytest -s`.
 """
 
 from collections.abc import Callable
-from functools import cache
 
 import pytest
 from loraplex.engine.sequence import SamplingParams
 from loraplex_kernels.native.ops import LONG_SEGMENT
 from torch import Tensor
 
-from tests.exactness.cases import BF16, NUM_NEW, Case, all_batches, all_cases, digest_of
-from tests.exactness.harness import Answer, Harness, Request
-from tests.exactness.reference import Continuation, Reference
-
-TOLERANCE = 1e-4
-"""Of max |logit|: how far a logit may be off in float32. 3e-6 was measured; were the adapters'
-weights rounded to bf16, it would be 5e-4."""
-
-NEAR_TIE = 1e-3
-"""Of max |logit|: the gap below which the second most likely token may be said in float32."""
-
-CLEAR_GAP = 0.25
-"""From here on the most likely token must be the reference's in bfloat16, too."""
-
-Alone = Callable[[Case], Answer]
-Expected = Callable[[Case], Continuation]
-Forced = Callable[[Case], Request]
-PeftError = Callable[[Case], float]
-Prompts = list[list[int]]
-
-
-@pytest.fixture(scope="module")
-def alone(float32: Harness, prompts: Prompts) -> Alone:
-    """What the engine says in float32 when nothing else runs."""
-
-    @cache
-    def answer(case: Case) -> Answer:
-        [only], _ = float32.run([Request(case.adapter, prompts[case.text])])
-        return only
-
-    return answer
-
-
-@pytest.fixture(scope="module")
-def expected(reference: Reference, alone: Alone, prompts: Prompts) -> Expected:
-    """What PEFT says in float32."""
-
-    @cache
-    def continuation(case: Case) -> Continuation:
-        return reference.greedy(case.adapter, prompts[case.text], alone(case).tokens)
-
-    return continuation
-
-
-@pytest.fixture(scope="module")
-def of_base(reference: Reference, prompts: Prompts) -> Callable[[int], Tensor]:
-    """The base's logits for one of the prompts."""
-    return cache(lambda text: reference.logits(None, prompts[text]))
-
-
-@pytest.fixture(scope="module")
-def forced(expected: Expected, prompts: Prompts) -> Forced:
-    """A request that takes the tokens PEFT says in float32."""
-
-    def request(case: Case) -> Request:
-        return Request(case.adapter, prompts[case.text], expected(case).tokens)
-
-    return request
-
-
-@pytest.fixture(scope="module")
-def peft_error(reference: Reference, expected: Expected, forced: Forced) -> PeftError:
-    """RMS error of PEFT's logits with a bf16 base."""
-
-    @cache
-    def measure(case: Case) -> float:
-        tokens = [*forced(case).prompt, *expected(case).tokens[:-1]]
-        return rms(reference.logits(case.adapter, tokens, BF16) - expected(case).logits)
-
-    return measure
-
-
-def relative_error(logits: Tensor, expected: Tensor) -> float:
-    return float((logits - expected).abs().max() / expected.abs().max())
-
-
-def rms(difference: Tensor) -> float:
-    return float(difference.square().mean().sqrt())
-
-
-def compare_float32(case: Case, answer: Answer, expected: Continuation) -> None:
-    """Prompt logits, then tokens up to the first that a near tie excuses, then all logits."""
-    num_rows = len(answer.logits)
-    prompt = num_rows + 1 - len(answer.tokens)
-    error = relative_error(answer.logits[:prompt], expected.logits[:prompt])
-    ties = sum(gap < NEAR_TIE * expected.largest for gap in expected.gaps)
-    print(f"{case.name}: relative logit error {error:.1e}, near ties {ties} of {NUM_NEW}")
-    assert error < TOLERANCE
-    for index, (ours, theirs) in enumerate(zip(answer.tokens, expected.tokens, strict=False)):
-        if ours != theirs:
-            print(f"{case.name}: token {index} differs, the gap is {expected.gaps[index]:.1e}")
-            assert expected.gaps[index] < NEAR_TIE * expected.largest
-            return
-    assert relative_error(answer.logits, expected.logits[:num_rows]) < TOLERANCE
-
-
-def compare_bfloat16(case: Case, answer: Answer, expected: Continuation, peft: float) -> None:
-    ours = rms(answer.logits - expected.logits)
-    print(f"{case.name}: RMS logit error {ours:.4f}, PEFT's {peft:.4f}, ratio {ours / peft:.2f}")
-    assert ours <= 1.25 * peft
-    chosen = answer.logits[-NUM_NEW:].argmax(-1).tolist()
-    for index, (token, gap) in enumerate(zip(chosen, expected.gaps, strict=True)):
-        assert token == expected.tokens[index] or gap < CLEAR_GAP, f"token {index}, gap {gap:.2f}"
+from tests.exactness.cases import Case, all_batches, all_cases, digest_of
+from tests.exactness.compare import (
+    CLEAR_GAP,
+    TOLERANCE,
+    Alone,
+    Expected,
+    Forced,
+    PeftError,
+    Prompts,
+    compare_bfloat16,
+    compare_float32,
+    relative_error,
+)
+from tests.exactness.harness import Harness, Request
+from tests.exactness.reference import Reference
 
 
 def test_every_adapter_visibly_changes_the_output(

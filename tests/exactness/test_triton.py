@@ -21,7 +21,7 @@ from loraplex_kernels.gpu.paths import EVERY_KERNEL
 from loraplex_kernels.ops import Ops
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.exactness.cases import Folders, of_rank, on
+from tests.exactness.cases import Folders, Generated, of_rank, on
 from tests.exactness.harness import CPU, Answer, Harness, Request
 
 VOCAB = 160
@@ -30,9 +30,11 @@ ADAPTERS = {
     "rank 40": of_rank(40, torch.float16),
     "q, v": on(["q_proj", "v_proj"], 8, torch.float32, 0.3),
     "down": on(["down_proj"], 16, torch.bfloat16, 0.3),
+    "DoRA": Generated(torch.float32, config={"r": 8, "lora_alpha": 8, "use_dora": True}),
+    "vocabulary": on(["embed_tokens", "lm_head"], 8, torch.float32, 0.3),
 }
 # The longest prompt is one long segment; together they take more than one step.
-LENGTHS = {"rank 3": 7, None: 5, "rank 40": 70, "q, v": 21, "down": 2}
+LENGTHS = {"rank 3": 7, None: 5, "rank 40": 70, "q, v": 21, "down": 2, "DoRA": 4, "vocabulary": 3}
 MAX_STEP_TOKENS = 72
 LIMIT = {torch.float16: 1e-2, torch.float32: 1e-5}
 KERNELS = {
@@ -41,6 +43,7 @@ KERNELS = {
     "_dequantize",
     "_expand",
     "_rotary_and_cache",
+    "_scale_output",
     "_shrink",
     "_silu_mul",
 }

@@ -114,3 +114,9 @@ class FaultyOps(TorchOps):
     ) -> None:
         super().lora_(y, x, lora, layer, projections)
         self._after("lora", y)
+
+    def scale_output_(
+        self, y: Tensor, lora: LoraInput, layer: int, projections: tuple[Projection, ...]
+    ) -> None:
+        super().scale_output_(y, lora, layer, projections)
+        self._after("scale_output", y)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from loraplex_kernels.ops import AttentionInput, LoraInput, Projection
 from loraplex_kernels.segments import NO_ADAPTER, segments_of
-from loraplex_kernels.tables import GRANULE_RANK, AdapterTables, Granule, view
+from loraplex_kernels.tables import GRANULE_RANK, AdapterTables, Granule, OutputScale, view
 from torch import Tensor
 
 CPU = torch.device("cpu")
@@ -34,6 +34,7 @@ RANKS = (  # of each slot's modules; 0: not adapted
     (4, 0, 33),
     (0, 0, 0),
 )
+SCALED = {1: (0, 1, 2), 2: (1,), 3: (2, 0), 5: (1,)}  # modules whose output a slot scales; layer 1
 
 
 @dataclass(frozen=True)
@@ -45,12 +46,20 @@ class Bank:
     tables: AdapterTables
     dtype: torch.dtype
     matrices: dict[tuple[int, int, int], tuple[Tensor, Tensor, float]]  # A [r, K], B [n, r], scale
+    output_scales: dict[tuple[int, int, int], Tensor]  # fp32 [n]
 
     def lora_input(self, slots: list[int]) -> LoraInput:
         segments = segments_of(slots)
         table = torch.tensor(segments, dtype=torch.int32).view(-1, 3)
         return LoraInput(
-            self.arena, self.dtype, self.tables, bool(segments), segments, table, tiles=None
+            arena=self.arena,
+            dtype=self.dtype,
+            tables=self.tables,
+            has_adapters=bool(segments),
+            has_output_scales=not self.tables.scaled_slots.isdisjoint(slots),
+            segments=segments,
+            segment_table=table,
+            tiles=None,
         )
 
     def reference(self, y: Tensor, x: Tensor, slots: list[int], layer: int) -> Tensor:
@@ -60,6 +69,15 @@ class Bank:
                 if (slot, layer, module) in self.matrices:
                     a, b, scale = self.matrices[slot, layer, module]
                     out[row, column : column + width] += scale * (b @ (a @ x[row].float()))
+        return out
+
+    def scaled(self, y: Tensor, slots: list[int], layer: int) -> Tensor:
+        out = y.float().clone()
+        for row, slot in enumerate(slots):
+            for module, column, width in self.projections:
+                if (slot, layer, module) in self.output_scales:
+                    factor = self.output_scales[slot, layer, module]
+                    out[row, column : column + width] *= factor
         return out
 
 
@@ -74,7 +92,7 @@ def bank_of(
     arena = poison(200 * room)
     tables = AdapterTables(len(RANKS), LAYERS, MODULES, 64, CPU)
     places = iter((torch.randperm(200, generator=rng) * room).tolist())
-    matrices = {}
+    matrices, output_scales = {}, {}
     for slot, ranks in enumerate(RANKS):
         granules: list[Granule] = []
         for layer in range(LAYERS):
@@ -91,8 +109,14 @@ def bank_of(
                     lay(arena, a_at, a, part, dtype)
                     lay(arena, b_at, b.T, part, dtype)
                     granules.append(Granule(layer, module, part, a_at, b_at, scale))
-        tables.write(slot, granules)
-    return Bank(projections, arena, tables, dtype, matrices)
+        scales: list[OutputScale] = []
+        for module, _, width in projections:
+            if module in SCALED.get(slot, ()):
+                factor = output_scales[slot, 1, module] = 2 * torch.rand(width, generator=rng) - 0.5
+                scales.append(OutputScale(1, module, next(places)))
+                view(arena, scales[-1].offset, 1, width, torch.float32).copy_(factor)
+        tables.write(slot, granules, scales)
+    return Bank(projections, arena, tables, dtype, matrices, output_scales)
 
 
 def lay(arena: Tensor, offset: int, matrix: Tensor, part: int, dtype: torch.dtype) -> None:

@@ -7,6 +7,7 @@ import torch
 from loraplex_kernels.cases import SERVING, TINY, Case, CaseMaker, ModelShapes, Scale, cases
 from loraplex_kernels.cases.table import mixed_ranks, mixed_slots, prefill_slots
 from loraplex_kernels.check import LIMITS, check, relative_error
+from loraplex_kernels.gpu.ops import KERNELS
 from loraplex_kernels.ops import AttentionInput, LoraInput, Projection
 from loraplex_kernels.reference import TorchOps
 from loraplex_kernels.segments import LONG_TILE_ROWS, NO_ADAPTER, segments_of
@@ -21,7 +22,6 @@ SHAPES = ModelShapes(
     head_dim=32,
     num_layers=2,
 )
-KERNELS = {"add_rms_norm", "rotary_and_cache", "attention", "silu_mul", "lora", "nf4_linear"}
 QKV, OUT, GATE_UP, DOWN = SHAPES.linears
 
 
@@ -44,7 +44,7 @@ def test_torch_passes_every_case(scale: Scale, dtype: torch.dtype) -> None:
         assert relative_error(result, expected) < limit, case
         assert prepared.is_intact(), case
         seen.add(case.kernel)
-    assert seen == KERNELS
+    assert seen == {*KERNELS}
 
 
 def test_caches_and_tables_are_the_models_own() -> None:
@@ -99,7 +99,7 @@ def test_what_is_not_written_stays_nan() -> None:
         prepared = case.prepare()
         prepared.poison()
         result = prepared.result()
-        in_place = case.kernel == "lora"
+        in_place = case.kernel in ("lora", "scale_output")
         assert bool(result.isnan().any()) != in_place
         assert not torch.equal(result, prepared.expected())
 
@@ -143,6 +143,13 @@ def test_without_filling_any_shape_is_free() -> None:
         (
             maker(torch.float32).lora(QKV, [[3, 0, 0]], [NO_ADAPTER, 0, 0]),
             4 * (3 * (128 + 192) + 2 * (128 + 2 * 192)),
+        ),
+        # Slot 0 on k, slot 1 on q and v, each factor once; fp32 factors of bf16 values.
+        (
+            maker(torch.bfloat16).scale_output(
+                QKV, [[False, True, False], [True, False, True]], [NO_ADAPTER, 0, 1, 1]
+            ),
+            2 * 2 * (64 + 2 * (192 + 64)) + 4 * (64 + 192 + 64),
         ),
         # 256 x 128 codes, an absmax for 64 of them, and rank 5 on v once.
         (

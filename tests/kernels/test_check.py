@@ -6,6 +6,7 @@ import pytest
 import torch
 from loraplex_kernels.cases import TINY, Case, CaseMaker, ModelShapes, Prepared, cases
 from loraplex_kernels.check import Outcome, check
+from loraplex_kernels.gpu.ops import KERNELS
 from loraplex_kernels.reference import TorchOps
 from loraplex_kernels.timing import copy_bytes_per_second, time_on_cpu
 from loraplex_kernels.verdicts import failures_of
@@ -14,7 +15,6 @@ from tests.kernels.faulty import FAULTS, Fault, FaultyOps, is_a_little_wrong
 
 CPU = torch.device("cpu")
 SHAPES = ModelShapes("tiny", 128, 192, 6, 2, 32, 2)
-KERNELS = ("add_rms_norm", "rotary_and_cache", "attention", "silu_mul", "lora", "nf4_linear")
 
 
 def checked(ops: TorchOps, dtype: torch.dtype = torch.float32) -> list[Outcome]:

@@ -115,6 +115,25 @@ def test_lora_of_one_projection_writes_its_columns_only(
     assert y[:, 112:].isnan().all()
 
 
+@pytest.mark.parametrize("popularity", POPULARITY)
+def test_output_scale(ops: Ops, bank: Bank, rng: torch.Generator, popularity: str) -> None:
+    """Between columns that are nobody's; what has no scale keeps its bits, a NaN's too."""
+    slots = POPULARITY[popularity](33, rng)
+    whole = torch.full((len(slots), N + 9), torch.nan, dtype=bank.dtype)
+    y = whole[:, 2 : N + 2]
+    y.copy_(torch.randn(len(slots), N, generator=rng))
+    expected = bank.scaled(y, slots, 1)
+    same = expected == y.float()
+    before = y.clone()
+    ops.scale_output_(y, bank.lora_input(slots), 1, PROJECTIONS)
+    assert torch.equal(y, expected.to(bank.dtype))
+    assert torch.equal(y[same], before[same])
+    assert whole[:, :2].isnan().all()
+    assert whole[:, N + 2 :].isnan().all()
+    ops.scale_output_(y, bank.lora_input(slots), 0, PROJECTIONS)  # no adapter scales layer 0
+    assert torch.equal(y, expected.to(bank.dtype))
+
+
 HEADS = [
     pytest.param(Heads(3, 3, 64), id="mha64"),
     pytest.param(Heads(9, 3, 64), id="gqa3x64"),

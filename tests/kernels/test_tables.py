@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from loraplex_kernels.tables import GRANULE_RANK, AdapterTables, Granule, view
+from loraplex_kernels.tables import GRANULE_RANK, AdapterTables, Granule, OutputScale, view
 
 
 def tables(num_slots: int = 3, max_rank: int = 40) -> AdapterTables:
@@ -41,6 +41,20 @@ def test_a_slot_forgets_its_last_adapter() -> None:
     assert int(t.num_granules.sum()) == 1
     t.write(0, [])
     assert int(t.num_granules.sum()) == 0
+
+
+def test_output_scales_come_and_go_with_their_adapter() -> None:
+    t = tables()
+    granules = [Granule(0, 0, 0, 64, 128, 1.0)]
+    t.write(2, granules, [OutputScale(0, 0, 0)])
+    t.write(1, granules, [OutputScale(1, 3, 1 << 40), OutputScale(0, 2, 192)])
+    assert t.scaled_slots == {1, 2}
+    assert t.output_scale[1].tolist() == [[-1, -1, 192, -1], [-1, -1, -1, 1 << 40]]
+    t.write(1, granules, [OutputScale(1, 1, 64)])
+    assert t.output_scale[1].tolist() == [[-1] * 4, [-1, 64, -1, -1]]
+    t.write(1, granules)
+    assert t.scaled_slots == {2}
+    assert (t.output_scale >= 0).nonzero().tolist() == [[2, 0, 0]]
 
 
 def test_view_is_the_arenas_own_bytes() -> None:

@@ -40,6 +40,7 @@ COUNTERS: dict[str, tuple[str, ...]] = {
     "requests_rejected": ("reason",),
     "adapter_loads": ("result",),
     "adapter_uploads": ("code",),
+    "adapter_evictions": ("tier",),
 }
 GRPC = ("grpc_type", "grpc_service", "grpc_method", "grpc_code")
 
@@ -62,6 +63,7 @@ def feed(metrics: Metrics) -> None:
     metrics.set_memory(kv=30, adapter=10, free=60)
     metrics.set_adapters_resident(device=3, host=4)
     metrics.adapter_load("ok", 0.5)
+    metrics.adapters_evicted("host", 2)
     metrics.rejected("QUEUE_FULL")
     metrics.upload("OK")
     metrics.handled("unary", "s", "m", "OK")
@@ -98,7 +100,9 @@ def test_values(metrics: Metrics, registry: CollectorRegistry) -> None:
     assert value("loraplex_memory_blocks", use="adapter") == 10
     assert value("loraplex_kv_cache_usage_ratio") == pytest.approx(30 / 90)
     assert value("loraplex_adapters_resident", tier="device") == 3
+    assert value("loraplex_adapters_resident", tier="host") == 4
     assert value("loraplex_adapter_loads_total", result="ok") == 1
+    assert value("loraplex_adapter_evictions_total", tier="host") == 2
     assert value("loraplex_prompt_tokens_total") == 5
     assert value("loraplex_request_finished_total", reason="length") == 1
     metrics.set_memory(kv=0, adapter=5, free=0)

@@ -6,11 +6,12 @@ from typing import Any, cast
 
 import pytest
 import torch
+from loraplex.adapters.packing import PackedAdapter, Placed
 from loraplex.config import ServeConfig
-from loraplex.device import Device
+from loraplex.device import Device, free_host_memory
 from loraplex.engine.model_runner import BlockShape
 from loraplex.errors import StartupError
-from loraplex.startup import Base, Memory, build_runner, plan_memory
+from loraplex.startup import Base, Memory, build_host_tier, build_runner, plan_memory
 from loraplex_kernels.reference import TorchOps
 
 from tests.server.engine.tiny_llama import CONFIG, CPU, TinyLlama
@@ -41,7 +42,7 @@ def base(ops: TorchOps, device: str = "cpu") -> Base:
     )
 
 
-MEMORY = Memory(16, BlockShape(16, 16 * 2 * CONFIG.num_layers * 64 * 4))
+MEMORY = Memory(16, BlockShape(16, 16 * 2 * CONFIG.num_layers * 64 * 4), host_bytes=0)
 
 
 @pytest.mark.parametrize(
@@ -61,5 +62,43 @@ def test_room_is_left_for_what_the_steps_need() -> None:
     with_graphs = plan_memory(SETTINGS, on_gpu).size
     without = plan_memory(replace(SETTINGS, cuda_graphs=False), on_gpu).size
     assert without >= with_graphs
-    with pytest.raises(StartupError, match="beside what the steps need"):
-        plan_memory(replace(SETTINGS, memory=1 << 50), on_gpu)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        (
+            replace(SETTINGS, memory=1 << 50),
+            "--memory 1024 TiB cannot be had: .* beside what the steps need",
+        ),
+        (
+            replace(SETTINGS, memory=1000),
+            "--memory 1000 B is too small: this model needs at least ",
+        ),
+        (replace(SETTINGS, host_memory=1 << 50), "--host-memory 1024 TiB cannot be had: "),
+        (replace(SETTINGS, max_slots=10**12), "--max-slots 1000000000000 is too large: "),
+    ],
+)
+def test_what_cannot_be_had_is_refused_by_its_flag(
+    device: str, settings: ServeConfig, why: str
+) -> None:
+    with pytest.raises(StartupError, match=why):
+        plan_memory(settings, base(TorchOps(), device))
+
+
+def test_host_memory_is_a_part_of_what_is_free_or_what_was_asked_for() -> None:
+    planned = plan_memory(SETTINGS, base(TorchOps()))
+    assert 0 < planned.host_bytes <= free_host_memory()
+    for asked in (0, 12345):
+        assert (
+            plan_memory(replace(SETTINGS, host_memory=asked), base(TorchOps())).host_bytes == asked
+        )
+
+
+@pytest.mark.parametrize(("device", "taken"), [("cpu", 3000), ("cuda", 4096)])
+def test_the_budget_counts_what_memory_is_taken(device: str, taken: int) -> None:
+    """Torch pins memory in powers of two."""
+    tier = build_host_tier(base(TorchOps(), device), MEMORY)
+    tier.put("a", PackedAdapter(torch.empty(3, 1000, dtype=torch.uint8), Placed(())))
+    assert tier.num_bytes == taken

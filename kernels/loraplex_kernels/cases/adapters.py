@@ -1,6 +1,7 @@
 """Adapters of one stacked linear, in an arena that is NaN between them."""
 
 from collections.abc import Sequence
+from itertools import compress
 from typing import NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from loraplex_kernels.cases.memory import Memory
 from loraplex_kernels.cases.shapes import NUM_MODULES, LinearShape
 from loraplex_kernels.ops import LoraInput, LoraTiles, Projection
 from loraplex_kernels.segments import NO_ADAPTER, pad_tiles, segments_of, tiles_of
-from loraplex_kernels.tables import GRANULE_RANK, AdapterTables, Granule, view
+from loraplex_kernels.tables import GRANULE_RANK, AdapterTables, Granule, OutputScale, view
 
 GAP = 256
 """Bytes of NaN between two pieces of the arena."""
@@ -18,17 +19,21 @@ GAP = 256
 Ranks = Sequence[Sequence[int]]
 """Each slot's rank at each projection; 0: the adapter does not touch it."""
 
+Scaled = Sequence[Sequence[bool]]
+"""Whether each slot scales the output of each projection; empty: no slot scales any."""
+
 
 class Bank(NamedTuple):
-    """How large the adapters are, and the tables that name them."""
+    """What the adapters have, and how large the tables that name them are."""
 
     ranks: Ranks
     max_rank: int
     num_layers: int
+    scaled: Scaled = ()
 
 
 class Adapters:
-    """A bank of adapters that touch the last `layer`, and what they add to a batch."""
+    """A bank of adapters that touch the last `layer`, and what they do to a batch."""
 
     def __init__(self, memory: Memory, linear: LinearShape, bank: Bank) -> None:
         self._memory = memory
@@ -36,21 +41,27 @@ class Adapters:
         self.layer = bank.num_layers - 1
         size = (linear.in_features + max(p.width for p in linear.projections)) * GRANULE_RANK
         self._piece = -(-size * memory.dtype.itemsize // GAP) * GAP + GAP  # one granule's A and B
-        granules = sum(-(-rank // GRANULE_RANK) for own in bank.ranks for rank in own)
+        pieces = sum(-(-rank // GRANULE_RANK) for own in bank.ranks for rank in own)
+        pieces += sum(map(sum, bank.scaled))
         self._arena = memory.poisoned(
-            max(granules, 1) * self._piece, dtype=torch.uint8, in_arena=True
+            max(pieces, 1) * self._piece, dtype=torch.uint8, in_arena=True
         )
         self._tables = AdapterTables(
             len(bank.ranks), bank.num_layers, NUM_MODULES, bank.max_rank, memory.device
         )
-        places = iter(memory.shuffled(granules))
-        for slot, own in enumerate(bank.ranks):
+        places = iter(memory.shuffled(pieces))
+        scaled = bank.scaled or [()] * len(bank.ranks)
+        for slot, (ranks, has_scale) in enumerate(zip(bank.ranks, scaled, strict=True)):
             self._tables.write(
                 slot,
                 [
                     self._granule(slot, projection, part, rank, next(places) * self._piece)
-                    for projection, rank in zip(linear.projections, own, strict=True)
+                    for projection, rank in zip(linear.projections, ranks, strict=True)
                     for part in range(-(-rank // GRANULE_RANK))
+                ],
+                [
+                    self._output_scale(projection, next(places) * self._piece)
+                    for projection in compress(linear.projections, has_scale)
                 ],
             )
 
@@ -72,6 +83,13 @@ class Adapters:
         scale = 0.5 + slot % 8 / 8
         return Granule(self.layer, projection.module, part, offset, b_offset, scale)
 
+    def _output_scale(self, projection: Projection, offset: int) -> OutputScale:
+        """Place one; it takes less than a granule does."""
+        if self._memory.fill:
+            target = view(self._arena, offset, 1, projection.width, torch.float32)
+            target.copy_(self._memory.uniform(1, projection.width, low=0.5, high=1.5))
+        return OutputScale(self.layer, projection.module, offset)
+
     def lora_input(self, slots: Sequence[int]) -> LoraInput:
         """The tile lists are longer than needed, as in a step that was captured."""
         segments = segments_of(slots)
@@ -87,6 +105,7 @@ class Adapters:
             dtype=self._memory.dtype,
             tables=self._tables,
             has_adapters=bool(segments),
+            has_output_scales=not self._tables.scaled_slots.isdisjoint(slots),
             segments=segments,
             segment_table=table(segments).view(-1, 3),
             tiles=LoraTiles(
@@ -107,6 +126,17 @@ class Adapters:
                     b_weight = view(self._arena, b, GRANULE_RANK, width, dtype).float()
                     v = x[lo:hi].float() @ a_weight.T
                     result[lo:hi, column : column + width] += scale * (v @ b_weight)
+        return result
+
+    def scaled(self, y: Tensor, slots: Sequence[int]) -> Tensor:
+        """fp32, y with the columns multiplied that each row's adapter has a scale for."""
+        result = y.float()
+        for slot, lo, hi in segments_of(slots):
+            offsets = self._tables.output_scale[slot, self.layer].tolist()
+            for module, column, width in self._linear.projections:
+                if offsets[module] >= 0:
+                    factor = view(self._arena, offsets[module], 1, width, torch.float32)
+                    result[lo:hi, column : column + width] *= factor
         return result
 
 

@@ -1,4 +1,4 @@
-"""The cases of LoRA alone and of the NF4 linear."""
+"""The cases of LoRA alone, of the output scale, and of the NF4 linear."""
 
 from collections.abc import Sequence
 
@@ -18,8 +18,8 @@ CHUNK = 4096
 """Outputs whose weights are in fp32 at one time."""
 
 
-class PreparedLora(Prepared):
-    """`slots` is each row's."""
+class _ChangesOutput(Prepared):
+    """An op that changes a linear's output y in place. `slots` is each row's."""
 
     def __init__(
         self, memory: Memory, linear: LinearShape, bank: Bank, slots: Sequence[int]
@@ -29,21 +29,36 @@ class PreparedLora(Prepared):
         self._slots = slots
         self._adapters = Adapters(memory, linear, bank)
         self._lora = self._adapters.lora_input(slots)
-        self._x = memory.normal(len(slots), linear.in_features)
         self._before = memory.normal(len(slots), linear.out_features)
         self._y = memory.poisoned(len(slots), linear.out_features)
 
     def poison(self) -> None:
         self._y.copy_(self._before)
 
-    def call(self, ops: Ops) -> None:
-        ops.lora_(self._y, self._x, self._lora, self._adapters.layer, self._linear.projections)
-
     def result(self) -> Tensor:
         return joined(self._y)
 
+
+class PreparedLora(_ChangesOutput):
+    def __init__(
+        self, memory: Memory, linear: LinearShape, bank: Bank, slots: Sequence[int]
+    ) -> None:
+        super().__init__(memory, linear, bank, slots)
+        self._x = memory.normal(len(slots), linear.in_features)
+
+    def call(self, ops: Ops) -> None:
+        ops.lora_(self._y, self._x, self._lora, self._adapters.layer, self._linear.projections)
+
     def expected(self) -> Tensor:
         return joined(self._before.float() + self._adapters.update(self._x, self._slots))
+
+
+class PreparedScale(_ChangesOutput):
+    def call(self, ops: Ops) -> None:
+        ops.scale_output_(self._y, self._lora, self._adapters.layer, self._linear.projections)
+
+    def expected(self) -> Tensor:
+        return joined(self._adapters.scaled(self._before, self._slots))
 
 
 class PreparedLinear(Prepared):

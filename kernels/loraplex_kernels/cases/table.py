@@ -1,13 +1,14 @@
 """The list of cases, and the bytes that each must move."""
 
 from collections.abc import Iterator, Sequence
+from itertools import compress
 
 import torch
 
-from loraplex_kernels.cases.adapters import Bank, Ranks, adapter_bytes
+from loraplex_kernels.cases.adapters import Bank, Ranks, Scaled, adapter_bytes
 from loraplex_kernels.cases.attention import PreparedAttention
 from loraplex_kernels.cases.elementwise import PreparedNorm, PreparedRotary, PreparedSilu
-from loraplex_kernels.cases.linear import PreparedLinear, PreparedLora
+from loraplex_kernels.cases.linear import PreparedLinear, PreparedLora, PreparedScale
 from loraplex_kernels.cases.memory import Memory
 from loraplex_kernels.cases.prepared import Case
 from loraplex_kernels.cases.shapes import SERVING, LinearShape, ModelShapes, Scale
@@ -40,6 +41,7 @@ def cases(
     for linear in linears:
         for slots in (mixed_slots(decode), prefill_slots(prefill)):
             yield make.lora(linear, mixed_ranks(linear, max_rank), slots)
+            yield make.scale_output(linear, mixed_scaled(linear), slots)
     for linear in linears:
         for rows in scale.decode_rows:
             for slots in ([NO_ADAPTER] * rows, mixed_slots(rows)):
@@ -84,6 +86,11 @@ class CaseMaker:
 
     def _bank(self, ranks: Ranks) -> Bank:
         return Bank(ranks, self.max_rank, self.shapes.num_layers)
+
+    def _scales(self, linear: LinearShape, scaled: Scaled) -> Bank:
+        """Of adapters that have nothing else: the op reads nothing else."""
+        ranks = [[0] * len(linear.projections)] * len(scaled)
+        return self._bank(ranks)._replace(scaled=scaled)
 
     def add_rms_norm(self, rows: int, has_delta: bool = True) -> Case:
         hidden = self.shapes.hidden_size
@@ -156,6 +163,20 @@ class CaseMaker:
             lambda: PreparedLora(self._memory(), linear, self._bank(ranks), slots),
         )
 
+    def scale_output(self, linear: LinearShape, scaled: Scaled, slots: Sequence[int]) -> Case:
+        """`scaled[slot][projection]`, and each row's slot."""
+        widths = [[p.width for p in compress(linear.projections, own)] for own in scaled]
+        used = [slot for slot in slots if slot != NO_ADAPTER]
+        elements = sum(sum(widths[slot]) for slot in used)
+        factors = sum(sum(widths[slot]) for slot in {*used})
+        return Case(
+            "scale_output",
+            f"{linear.name}, {_adapters(slots)}",
+            len(slots),
+            2 * elements * self._dtype.itemsize + 4 * factors,
+            lambda: PreparedScale(self._memory(), linear, self._scales(linear, scaled), slots),
+        )
+
     def nf4_linear(self, linear: LinearShape, ranks: Ranks, slots: Sequence[int]) -> Case:
         itemsize = self._dtype.itemsize
         weights = linear.in_features * linear.out_features
@@ -193,6 +214,14 @@ def mixed_ranks(linear: LinearShape, max_rank: int) -> list[list[int]]:
     ranks[3][0] = 0
     ranks[5][-1] = 0
     return ranks
+
+
+def mixed_scaled(linear: LinearShape) -> list[list[bool]]:
+    """Slots 0 and 3 scale nothing; slots 2 and 5 leave out a module, where there is another."""
+    scaled = [[slot not in (0, 3)] * len(linear.projections) for slot in range(NUM_SLOTS)]
+    if len(linear.projections) > 1:
+        scaled[2][0] = scaled[5][-1] = False
+    return scaled
 
 
 def _adapters(slots: Sequence[int]) -> str:

@@ -38,6 +38,35 @@ def weights_at(arena, offset):
     return arena + tl.multiple_of(offset // item_bytes, 16)
 
 
+@triton.jit
+def columns_of(
+    program,
+    MODULES: tl.constexpr,  # of the projections
+    COLUMNS: tl.constexpr,
+    WIDTHS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Of a program: its projection, that one's module, column and width, and which BLOCK_N of it.
+
+    There are as many as the sum over projections of ceil(width / BLOCK_N).
+    """
+    projection = 0
+    module = MODULES[0]
+    column = COLUMNS[0]
+    width = WIDTHS[0]
+    block = program
+    start = 0
+    for i in tl.static_range(1, len(MODULES)):
+        start += tl.cdiv(WIDTHS[i - 1], BLOCK_N)
+        is_here = program >= start
+        projection = tl.where(is_here, i, projection)
+        module = tl.where(is_here, MODULES[i], module)
+        column = tl.where(is_here, COLUMNS[i], column)
+        width = tl.where(is_here, WIDTHS[i], width)
+        block = tl.where(is_here, program - start, block)
+    return projection, module, column, width, block
+
+
 @triton.jit(do_not_specialize=["slot_entries", "first_entry", "num_rows"])
 def _shrink(
     x,  # [num_rows, K]
@@ -131,20 +160,9 @@ def _expand(
     slot = tl.load(tile)
     if slot < 0:
         return
-    projection = 0
-    block = tl.program_id(1)  # within the projection
-    module = MODULES[0]
-    column = COLUMNS[0]
-    width = WIDTHS[0]
-    start = 0
-    for i in tl.static_range(1, len(MODULES)):
-        start += tl.cdiv(WIDTHS[i - 1], BLOCK_N)
-        is_here = tl.program_id(1) >= start
-        projection = tl.where(is_here, i, projection)
-        block = tl.where(is_here, tl.program_id(1) - start, block)
-        module = tl.where(is_here, MODULES[i], module)
-        column = tl.where(is_here, COLUMNS[i], column)
-        width = tl.where(is_here, WIDTHS[i], width)
+    projection, module, column, width, block = columns_of(
+        tl.program_id(1), MODULES, COLUMNS, WIDTHS, BLOCK_N
+    )
     entry = slot * slot_entries + first_entry + module
     count = tl.load(num_granules + entry)
     if count == 0:

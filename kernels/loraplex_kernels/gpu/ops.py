@@ -10,6 +10,7 @@ from loraplex_kernels.gpu.lora import lora_
 from loraplex_kernels.gpu.norm import add_rms_norm
 from loraplex_kernels.gpu.paths import LinearPath, PathTable
 from loraplex_kernels.gpu.rotary import rotary_and_cache
+from loraplex_kernels.gpu.scale import scale_output_
 from loraplex_kernels.gpu.silu import silu_mul
 from loraplex_kernels.gpu.workspace import Workspace
 from loraplex_kernels.nf4 import BaseWeight
@@ -17,11 +18,22 @@ from loraplex_kernels.ops import AttentionInput, LoraInput, Projection
 from loraplex_kernels.reference import TorchOps
 from loraplex_kernels.segments import LONG_TILE_ROWS
 
-KERNELS = ("add_rms_norm", "rotary_and_cache", "attention", "silu_mul", "lora", "nf4_linear")
+KERNELS = (
+    "add_rms_norm",
+    "rotary_and_cache",
+    "attention",
+    "silu_mul",
+    "lora",
+    "scale_output",
+    "nf4_linear",
+)
 """What `loraplex check` judges one by one, and what `failed` may name."""
 
-NEEDED_FOR_CAPTURE = frozenset(KERNELS) - {"nf4_linear"}
-"""Their torch forms allocate, and some loop on the host: nothing for a graph."""
+NEEDED_FOR_CAPTURE = frozenset(KERNELS) - {"scale_output", "nf4_linear"}
+"""Their torch forms allocate, and some loop on the host: nothing for a graph.
+
+No graph holds an output scale, and bitsandbytes is there for the 4-bit product.
+"""
 
 
 class TritonOps(TorchOps):
@@ -143,6 +155,14 @@ class TritonOps(TorchOps):
             super().lora_(y, x, lora, layer, projections)
         else:
             lora_(self._launch, y, x, lora, layer, projections, self._workspace, self.target)
+
+    def scale_output_(
+        self, y: Tensor, lora: LoraInput, layer: int, projections: tuple[Projection, ...]
+    ) -> None:
+        if "scale_output" in self._failed:
+            super().scale_output_(y, lora, layer, projections)
+        else:
+            scale_output_(self._launch, y, lora, layer, projections)
 
     def _path(self, x: Tensor, weight: BaseWeight) -> LinearPath:
         """As measured; one of our kernels only where it passed and can do it."""

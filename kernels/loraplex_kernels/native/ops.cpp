@@ -402,6 +402,29 @@ void lora(T* y, int64_t y_stride, const T* x, int64_t k_size, const uint8_t* are
     }
 }
 
+// y[row][column + n] *= c[n] for the rows of adapters that have a c, fp32, at this layer and module.
+template <typename T>
+void scale_output(T* y, int64_t y_stride, const uint8_t* arena, const int64_t* offset, int64_t layers,
+                  int64_t modules, const int32_t* segments, int64_t num_segments, int64_t layer,
+                  const Projection* projections, int64_t num_projections) {
+    for (int64_t s = 0; s < num_segments; ++s) {
+        const int64_t slot = segments[3 * s], lo = segments[3 * s + 1], hi = segments[3 * s + 2];
+        for (int64_t p = 0; p < num_projections; ++p) {
+            const Projection projection = projections[p];
+            const int64_t at = offset[(slot * layers + layer) * modules + projection.module];
+            if (at < 0) continue;
+            const float* c = reinterpret_cast<const float*>(arena + at);
+            const int64_t width = projection.width;
+#pragma omp parallel for schedule(static) num_threads(num_threads) if ((hi - lo) * width > kWorthWaking)
+            for (int64_t row = lo; row < hi; ++row) {
+                T* o = y + row * y_stride + projection.column;
+#pragma omp simd
+                for (int64_t i = 0; i < width; ++i) store(o, i, load(o, i) * c[i]);
+            }
+        }
+    }
+}
+
 }  // namespace
 
 extern "C" void loraplex_set_num_threads(int count) { num_threads = count; }
@@ -436,6 +459,13 @@ extern "C" void loraplex_set_num_threads(int count) { num_threads = count; }
         lora<T, T>(y, y_stride, x, k_size, arena, {offset, scale, num_granules, layers, modules, granules},  \
                    segments, num_segments, long_segment, layer,                                              \
                    reinterpret_cast<const Projection*>(projections), num_projections);                       \
+    }                                                                                                        \
+    extern "C" void loraplex_scale_output_##SUFFIX(                                                          \
+        T* y, int64_t y_stride, const uint8_t* arena, const int64_t* offset, int64_t layers,                 \
+        int64_t modules, const int32_t* segments, int64_t num_segments, int64_t layer,                       \
+        const int64_t* projections, int64_t num_projections) {                                               \
+        scale_output<T>(y, y_stride, arena, offset, layers, modules, segments, num_segments, layer,          \
+                        reinterpret_cast<const Projection*>(projections), num_projections);                  \
     }
 
 LORAPLEX_ACTIVATION(bf16, bf16)

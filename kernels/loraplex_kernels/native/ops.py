@@ -34,6 +34,14 @@ _ARGUMENTS: Mapping[str, tuple[type, ...]] = {
         _POINTER,
         _COUNT,
     ),
+    "scale_output": (
+        *(_POINTER, _COUNT),
+        *(_POINTER,) * 2,
+        *(_COUNT,) * 2,
+        *(_POINTER, _COUNT),
+        _COUNT,
+        *(_POINTER, _COUNT),
+    ),
 }
 
 
@@ -184,6 +192,27 @@ class NativeOps(TorchOps):
             lora.segment_table.data_ptr(),
             lora.segment_table.shape[0],
             LONG_SEGMENT,
+            layer,
+            _projection_table(projections),
+            len(projections),
+        )
+
+    def scale_output_(
+        self, y: Tensor, lora: LoraInput, layer: int, projections: tuple[Projection, ...]
+    ) -> None:
+        assert lora.segment_table is not None
+        _, layers, modules = lora.tables.output_scale.shape
+        self._call(
+            "scale_output",
+            y.dtype,
+            y.data_ptr(),
+            y.stride(0),
+            lora.arena.data_ptr(),
+            lora.tables.output_scale.data_ptr(),
+            layers,
+            modules,
+            lora.segment_table.data_ptr(),
+            lora.segment_table.shape[0],
             layer,
             _projection_table(projections),
             len(projections),

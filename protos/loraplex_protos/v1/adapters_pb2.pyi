@@ -58,7 +58,7 @@ UPLOAD_STATE_ACTIVE: UploadState
 UPLOAD_STATE_PUBLISHED: UploadState
 
 class Adapter(_message.Message):
-    __slots__ = ("adapter_id", "version", "etag", "kind", "size_bytes", "rank", "target_modules", "state", "residency", "pinned", "visibility", "create_time", "last_used_time", "owner")
+    __slots__ = ("adapter_id", "version", "etag", "kind", "size_bytes", "rank", "target_modules", "state", "residency", "pinned", "visibility", "create_time", "last_used_time", "owner", "references")
     ADAPTER_ID_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     ETAG_FIELD_NUMBER: _ClassVar[int]
@@ -73,6 +73,7 @@ class Adapter(_message.Message):
     CREATE_TIME_FIELD_NUMBER: _ClassVar[int]
     LAST_USED_TIME_FIELD_NUMBER: _ClassVar[int]
     OWNER_FIELD_NUMBER: _ClassVar[int]
+    REFERENCES_FIELD_NUMBER: _ClassVar[int]
     adapter_id: str
     version: str
     etag: str
@@ -87,7 +88,8 @@ class Adapter(_message.Message):
     create_time: _timestamp_pb2.Timestamp
     last_used_time: _timestamp_pb2.Timestamp
     owner: str
-    def __init__(self, adapter_id: _Optional[str] = ..., version: _Optional[str] = ..., etag: _Optional[str] = ..., kind: _Optional[_Union[AdapterKind, str]] = ..., size_bytes: _Optional[int] = ..., rank: _Optional[int] = ..., target_modules: _Optional[_Iterable[str]] = ..., state: _Optional[_Union[AdapterState, str]] = ..., residency: _Optional[_Union[AdapterResidency, str]] = ..., pinned: bool = ..., visibility: _Optional[_Union[AdapterVisibility, str]] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., last_used_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., owner: _Optional[str] = ...) -> None: ...
+    references: int
+    def __init__(self, adapter_id: _Optional[str] = ..., version: _Optional[str] = ..., etag: _Optional[str] = ..., kind: _Optional[_Union[AdapterKind, str]] = ..., size_bytes: _Optional[int] = ..., rank: _Optional[int] = ..., target_modules: _Optional[_Iterable[str]] = ..., state: _Optional[_Union[AdapterState, str]] = ..., residency: _Optional[_Union[AdapterResidency, str]] = ..., pinned: bool = ..., visibility: _Optional[_Union[AdapterVisibility, str]] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., last_used_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., owner: _Optional[str] = ..., references: _Optional[int] = ...) -> None: ...
 
 class UploadAdapterRequest(_message.Message):
     __slots__ = ("header", "chunk", "finish")

@@ -3,40 +3,42 @@
     lock                                held while a server has the store
     blobs/sha256/aa/<version>/          adapter_model.safetensors, adapter_config.json, record.json
     manifests/<tenant>/<name>.json      written last: with it the adapter exists
-    uploads/<tenant>/...                temporary, swept when the store is opened
+    last_used/<tenant>.json             written now and then
+    uploads/<tenant>/<upload_id>/       uploads that are under way, or were published lately
+    tmp/                                swept when the store is opened
 
-A crash at any moment leaves a name with all of its content, or no name.
+A crash at any moment leaves a name with all of its content, as it was or as it was to be, or no
+name.
 """
 
 import base64
 import contextlib
-import fcntl
 import logging
 import os
 import secrets
 import time
-from bisect import bisect_right, insort
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from threading import Lock
 
 from loraplex.adapters.peft import CONFIG_NAME, AdapterSpec
-from loraplex.adapters.safetensors_header import WEIGHTS_NAME
-from loraplex.adapters.store_blobs import RECORD_NAME, BlobStore
-from loraplex.adapters.store_files import Disk, FileRecord, Upload, describe, storage_errors
+from loraplex.adapters.store_blobs import BlobStore
+from loraplex.adapters.store_files import Disk, storage_errors, sweep
+from loraplex.adapters.store_names import NameBook
 from loraplex.adapters.store_records import (
     AdapterRecord,
     AdapterState,
+    UploadRequest,
+    UploadStatus,
     Visibility,
-    files_bytes,
     is_adapter_id,
     is_digest,
-    manifest_bytes,
-    parse_manifest,
-    unreadable_record,
+    is_upload_id,
     validate_adapter_id,
 )
+from loraplex.adapters.store_upload import Upload
+from loraplex.adapters.store_uploads import UploadBook
 from loraplex.errors import InvalidRequestError, RequestError, StartupError
 
 __all__ = [
@@ -44,6 +46,8 @@ __all__ = [
     "AdapterState",
     "AdapterStore",
     "Upload",
+    "UploadRequest",
+    "UploadStatus",
     "Visibility",
     "validate_adapter_id",
 ]
@@ -53,13 +57,14 @@ logger = logging.getLogger(__name__)
 TENANT = "default"
 DEFAULT_PAGE_SIZE = 50
 MAX_PAGE_SIZE = 1_000
+UPLOAD_TTL_SECONDS = 3600.0
 
 
 class AdapterStore:
     """The durable store of one server; made by `open`.
 
-    `get`, `list`, `touch`, `blob` and `retain` only look at memory and may be called from the event
-    loop; the other methods wait for the disk.
+    `get`, `acquire`, `release`, `references`, `list`, `pinned`, `upload_status`, `blob` and `cache`
+    only look at memory and may be called from the event loop; the other methods wait for the disk.
     """
 
     def __init__(
@@ -69,23 +74,23 @@ class AdapterStore:
         max_adapter_bytes: int,
         disk: Disk,
         clock: Callable[[], float],
+        upload_ttl: float,
+        on_removed: Callable[[str], None],
         lock_fd: int,
     ) -> None:
+        self._root = root
         self._base_id = base_id
         self._max_adapter_bytes = max_adapter_bytes
         self._disk = disk
         self._clock = clock
-        self._root = root
-        self._manifests = root / "manifests" / TENANT
-        self._temporary = root / "uploads" / TENANT
-        self._blobs = BlobStore(root / "blobs" / "sha256", self._temporary, disk)
-        self._lock = Lock()  # guards what follows, for moments only
+        self._temporary = root / "tmp"
+        self._blobs = BlobStore(root / "blobs" / "sha256", self._temporary, disk, on_removed)
+        manifests, last_used = root / "manifests" / TENANT, root / "last_used" / f"{TENANT}.json"
+        self._names = NameBook(manifests, last_used, self._blobs, disk, base_id)
+        self._uploads = UploadBook(root / "uploads" / TENANT, disk, clock, upload_ttl)
 
+        self._lock = Lock()  # guards what follows
         self._lock_fd: int | None = lock_fd  # None once closed
-        self._records: dict[str, AdapterRecord] = {}  # judged anew when asked for
-        self._ids: list[str] = []  # the records' keys, sorted
-        self._uploads: dict[str, Upload] = {}
-        self._touched: set[str] = set()  # names whose last_used_time is newer than on disk
 
     @classmethod
     def open(
@@ -96,133 +101,150 @@ class AdapterStore:
         *,
         disk: Disk | None = None,
         clock: Callable[[], float] = time.time,
+        upload_ttl: float = UPLOAD_TTL_SECONDS,
+        on_removed: Callable[[str], None] | None = None,
     ) -> "AdapterStore":
-        """Lock the store, sweep what a crash left, and read every name."""
+        """Lock the store, sweep what a crash left, and read every name.
+
+        Uploads are forgotten `upload_ttl` seconds after their last write, or their publication.
+        `on_removed` is told a version just before its files go, in whatever thread removes them.
+        """
+        disk = disk or Disk()
+        options = (disk, clock, upload_ttl, on_removed or _ignore)
         try:
             root.mkdir(parents=True, exist_ok=True)
             with contextlib.ExitStack() as on_failure:
-                lock_fd = _take_lock(root)
+                lock_fd = disk.lock(root / "lock")
                 on_failure.callback(os.close, lock_fd)
-                store = cls(root, base_id, max_adapter_bytes, disk or Disk(), clock, lock_fd)
+                store = cls(root, base_id, max_adapter_bytes, *options, lock_fd)
                 store._recover()
                 on_failure.pop_all()
+        except BlockingIOError:
+            raise StartupError(f"adapter store {root} is in use by another server") from None
         except OSError as error:
             raise StartupError(f"adapter store {root}: {error.strerror}") from error
         return store
 
-    def begin(self, adapter_id: str, total_size: int) -> Upload:
-        """Room for one upload to `adapter_id`, which no other upload may use until it ends."""
-        validate_adapter_id(adapter_id, "header.adapter_id")
-        self._check_size(total_size)
-        folder = self._blobs.new_temporary()
-        upload = Upload(self._disk, folder, adapter_id, total_size, self._forget)
-        with self._lock:
-            if self._lock_fd is None:
-                raise RequestError("STORE_UNAVAILABLE", "the adapter store is closed")
-            if adapter_id in self._uploads:
-                raise RequestError(
-                    "UPLOAD_IN_PROGRESS", f"another upload to {adapter_id} is under way"
-                )
-            self._uploads[adapter_id] = upload
-        try:
-            with storage_errors():
-                upload.open()
-        except BaseException:
-            self._forget(upload)
-            self._disk.remove_folder(folder)
-            raise
-        return upload
+    def begin(self, request: UploadRequest) -> Upload:
+        """Start an upload, or go on with one that came as far as `resume_offset`.
+
+        The same upload_id takes over from the stream that has it. Refused are names that may not be
+        flipped, names that another upload streams to, and what the disk has no room for beside
+        what running uploads are still to bring.
+        """
+        validate_adapter_id(request.adapter_id, "header.adapter_id")
+        if not is_upload_id(request.upload_id):
+            raise InvalidRequestError("header.upload_id", "must be a UUID in lower case")
+        self._check_size(request.total_size)
+        self._names.check_header(request)
+        return self._uploads.begin(request)
 
     def publish(
         self,
         upload: Upload,
-        adapter_id: str,
         version: str,
         spec: AdapterSpec,
         sha256: str,
-        visibility: str,
         extra_files: Mapping[str, Path] | None = None,
     ) -> tuple[AdapterRecord, bool]:
         """Give a finished upload its name; durable when this returns. False: it had it already.
 
         `sha256` is what `upload.finish` answered. `extra_files` are caches that belong to the
         version, moved from where they lie (best in `upload.folder`). The upload is over when this
-        returns; when it raises, `upload.discard` is the caller's.
+        returns; when it raises, `upload.suspend` or `upload.discard` is the caller's.
         """
-        assert upload.adapter_id == adapter_id
         assert is_digest(version)
+        request = upload.request
         with storage_errors():
-            record = self._has(adapter_id, version)
+            record = self._names.holding(request, version)
             created = False
-            if record is None or self._blobs.is_damaged(version):
-                weights = FileRecord(upload.total_size, sha256)
-                staged, files = self._stage(upload, spec, weights, extra_files or {})
+            # The bytes that came are let go only for others that were looked at.
+            if not self._blobs.is_sound(version) or record is None:
+                config = (CONFIG_NAME, spec.uploaded_config_json.encode())
+                staged, files = upload.stage(sha256, config, extra_files or {})
                 with self._blobs.exclusive():
-                    record = self._has(adapter_id, version)
+                    record = self._names.holding(request, version)
                     created = record is None
                     self._blobs.place(version, staged, files)
                     if record is None:
-                        record = self._new_record(upload, version, spec, Visibility(visibility))
-                        self._name(record)
-        upload.discard()
-        return self._judged(record), created
+                        record = self._new_record(request, version, spec)
+                        self._names.commit(request.adapter_id, record)
+        upload.published(version)
+        return self._names.judged(record), created
+
+    def upload_status(self, upload_id: str) -> UploadStatus:
+        """How far an upload came; UPLOAD_NOT_FOUND when it is unknown or has expired.
+
+        A published one is known while its name has what was published.
+        """
+        partial, expire_time = self._uploads.find(upload_id)
+        if partial.version is None:
+            return UploadStatus(partial.committed_size, expire_time, None)
+        record = self._names.find(partial.request.adapter_id)
+        if record is None or record.version != partial.version:
+            raise RequestError("UPLOAD_NOT_FOUND", f"there is no upload {upload_id}")
+        return UploadStatus(partial.committed_size, expire_time, record)
+
+    def clear_upload(self, request: UploadRequest) -> None:
+        """Drop what is kept of this very upload, which nobody needs, unless a stream has it."""
+        self._uploads.forget(request)
 
     def get(self, adapter_id: str) -> AdapterRecord:
-        with self._lock:
-            record = self._records.get(adapter_id)
-        if record is None:
-            raise RequestError("ADAPTER_NOT_FOUND", f"there is no adapter {adapter_id!r}")
-        return self._judged(record)
+        return self._names.get(adapter_id)
+
+    def acquire(self, adapter_id: str) -> AdapterRecord:
+        """The name's version now, kept with its files until `release`; ADAPTER_UNUSABLE."""
+        return self._names.acquire(adapter_id, self._clock())
+
+    def release(self, version: str) -> None:
+        """The files of a version that nobody needs any more go in a thread of the store's own."""
+        self._blobs.release(version)
+
+    def references(self, version: str) -> int:
+        """How many have acquired it and not released it."""
+        return self._blobs.references(version)
 
     def list(self, page_size: int, page_token: str) -> tuple[tuple[AdapterRecord, ...], str]:
         """Records by adapter_id, and the token of the next page ("": this was the last)."""
         if page_size < 0:
             raise InvalidRequestError("page_size", "must not be negative")
         size = min(page_size or DEFAULT_PAGE_SIZE, MAX_PAGE_SIZE)
-        after = _read_token(page_token) if page_token else ""
-        with self._lock:
-            start = bisect_right(self._ids, after)
-            ids = self._ids[start : start + size]
-            more = start + size < len(self._ids)
-            records = [self._records[adapter_id] for adapter_id in ids]
-        return tuple(self._judged(record) for record in records), _token(ids[-1]) if more else ""
+        records, more = self._names.page(size, _read_token(page_token) if page_token else "")
+        return records, _token(records[-1].adapter_id) if more else ""
+
+    def pinned(self) -> tuple[AdapterRecord, ...]:
+        """The names that are pinned, oldest first."""
+        return self._names.pinned()
+
+    def set_pinned(self, adapter_id: str, pinned: bool) -> AdapterRecord:
+        """A pin belongs to the name, and follows it from version to version."""
+        with storage_errors(), self._blobs.exclusive():
+            record = self._names.get(adapter_id)
+            if record.pinned != pinned:
+                if pinned and record.state is not AdapterState.READY:
+                    raise RequestError("ADAPTER_UNUSABLE", f"{adapter_id} is {record.state.value}")
+                self._names.commit(adapter_id, replace(record, pinned=pinned))
+        return self._names.get(adapter_id)
 
     def delete(self, adapter_id: str) -> None:
-        """Take the name away at once; its content goes when nobody holds it any more."""
+        """Take the name away; its content goes when nobody holds it any more."""
         with storage_errors(), self._blobs.exclusive():
-            version = self.get(adapter_id).version
-            manifest = self._manifest(adapter_id)
-            self._disk.remove(manifest)
-            with self._lock:
-                del self._records[adapter_id]
-                self._ids.remove(adapter_id)
-                self._touched.discard(adapter_id)
-            self._disk.sync(manifest.parent)
-            self._blobs.unlink(version, adapter_id)
-
-    def touch(self, adapter_id: str) -> None:
-        """The adapter is used now; written down when the store is closed."""
-        with self._lock:
-            if record := self._records.get(adapter_id):
-                self._records[adapter_id] = replace(record, last_used_time=self._clock())
-                self._touched.add(adapter_id)
+            self._names.get(adapter_id)
+            self._names.commit(adapter_id, None)
 
     def blob(self, version: str) -> Path:
         """The version's folder: the safetensors file, the config as uploaded, caches."""
         self._blobs.require(version)
         return self._blobs.folder(version)
 
+    def cache(self, version: str, name: str) -> Path | None:
+        """The version's cache of that name, if it is the one that was added; see `verify`."""
+        return self._blobs.cache(version, name)
+
     @property
     def temporary(self) -> Path:
         """A folder on the store's file system, swept when the store is opened."""
         return self._temporary
-
-    def retain(self, version: str) -> None:
-        """Keep the version's files until `release`, even when its last name is deleted."""
-        self._blobs.retain(version)
-
-    def release(self, version: str) -> None:
-        self._blobs.release(version)
 
     def verify(self, version: str) -> None:
         """Hash the files once in this process; ADAPTER_UNUSABLE and quarantine if one differs.
@@ -236,19 +258,32 @@ class AdapterStore:
         with storage_errors():
             self._blobs.add_file(version, name, source)
 
+    def versions(self) -> tuple[str, ...]:
+        """Whatever has files here, in a fixed order."""
+        return self._blobs.versions()
+
+    def scrub(self, version: str, on_bytes: Callable[[int], object]) -> None:
+        """Hash the files again, calling `on_bytes` with the size of every piece; as `verify`."""
+        self._blobs.scrub(version, on_bytes)
+
+    def sweep(self) -> None:
+        """What is to be done every minute or so: expired uploads, last uses, a disk in doubt."""
+        self._uploads.expire()
+        with storage_errors(), self._blobs.exclusive():
+            self._names.settle()
+            self._names.write_last_used()
+
     def close(self) -> None:
-        """Write down when adapters were last used, and let another server have the store."""
+        """Suspend what is under way, and let another server have the store."""
         with self._lock:
             lock_fd, self._lock_fd = self._lock_fd, None
         if lock_fd is None:
             return
         try:
-            with self._blobs.exclusive():
-                for adapter_id in sorted(self._touched):
-                    record = self._records[adapter_id]
-                    self._blobs.write(self._manifest(adapter_id), manifest_bytes(record))
-        except OSError as error:
-            logger.warning("adapter store: last use is not written down: %s", error)
+            self._uploads.close()
+            self.sweep()
+        except RequestError as error:
+            logger.warning("adapter store: last uses are not written down: %s", error)
         finally:
             self._blobs.close()
             os.close(lock_fd)
@@ -262,131 +297,45 @@ class AdapterStore:
                 f"{total_size} bytes are over this server's {self._max_adapter_bytes}",
                 field="header.total_size",
             )
-        with storage_errors():
-            free = self._disk.free_bytes(self._root)
-        if free < total_size:
-            raise RequestError("DISK_FULL", "the adapter store has no room for the upload")
 
-    def _forget(self, upload: Upload) -> None:
-        with self._lock:
-            if self._uploads.get(upload.adapter_id) is upload:
-                del self._uploads[upload.adapter_id]
-
-    def _has(self, adapter_id: str, version: str) -> AdapterRecord | None:
-        """What the name has of this very version; ADAPTER_EXISTS when it has another."""
-        with self._lock:
-            record = self._records.get(adapter_id)
-        if record is not None and record.version != version:
-            raise RequestError(
-                "ADAPTER_EXISTS", f"{adapter_id} holds other content; delete it or use another name"
-            )
-        return record
-
-    def _stage(
-        self, upload: Upload, spec: AdapterSpec, weights: FileRecord, extras: Mapping[str, Path]
-    ) -> tuple[Path, dict[str, FileRecord]]:
-        """A whole blob in the upload's folder, on disk."""
-        staged = upload.folder / "blob"
-        self._disk.make_folder(staged)
-        self._disk.move(upload.path, staged / WEIGHTS_NAME)
-        self._disk.write(staged / CONFIG_NAME, spec.uploaded_config_json.encode())
-        files = {WEIGHTS_NAME: weights, CONFIG_NAME: describe(staged / CONFIG_NAME)}
-        for name, source in extras.items():
-            self._disk.sync(source)
-            files[name] = describe(source)
-            self._disk.move(source, staged / name)
-        self._disk.write(staged / RECORD_NAME, files_bytes(files))
-        self._disk.sync(staged)
-        return staged, files
-
-    def _new_record(
-        self, upload: Upload, version: str, spec: AdapterSpec, visibility: Visibility
-    ) -> AdapterRecord:
+    def _new_record(self, request: UploadRequest, version: str, spec: AdapterSpec) -> AdapterRecord:
+        before = self._names.find(request.adapter_id)
         return AdapterRecord(
-            adapter_id=upload.adapter_id,
+            adapter_id=request.adapter_id,
             version=version,
             etag=secrets.token_hex(16),
-            size_bytes=upload.total_size,
+            size_bytes=request.total_size,
             rank=spec.rank,
             target_modules=spec.target_modules,
             state=AdapterState.READY,
-            visibility=visibility,
+            visibility=Visibility.PRIVATE,
             create_time=self._clock(),
-            last_used_time=None,
+            last_used_time=before.last_used_time if before else None,
             owner=TENANT,
             base_id=self._base_id,
+            pinned=before is not None and before.pinned,
+            use_dora=spec.use_dora,
+            invocation_tokens=spec.invocation_tokens,
         )
-
-    def _name(self, record: AdapterRecord) -> None:
-        """From here on the adapter exists: on disk first, then for everybody."""
-        manifest = self._manifest(record.adapter_id)
-        try:
-            self._blobs.write(manifest, manifest_bytes(record))
-        except OSError:
-            try:
-                self._disk.remove(manifest)
-            except OSError:  # a restart may find the name, and then needs its content
-                self._blobs.link(record.version, record.adapter_id)
-            raise
-        self._blobs.link(record.version, record.adapter_id)
-        with self._lock:
-            self._records[record.adapter_id] = record
-            insort(self._ids, record.adapter_id)
-
-    def _judged(self, record: AdapterRecord) -> AdapterRecord:
-        """The record with the state it has now."""
-        if self._blobs.is_damaged(record.version):
-            return replace(record, state=AdapterState.QUARANTINED)
-        if record.base_id != self._base_id:
-            return replace(record, state=AdapterState.INCOMPATIBLE)
-        return record
 
     def _recover(self) -> None:
         with contextlib.suppress(PermissionError):  # a parent that only lets us through
             self._disk.sync(self._root.parent)
-        for name in ("blobs/sha256", f"manifests/{TENANT}", f"uploads/{TENANT}"):
+        for name in "blobs/sha256", f"manifests/{TENANT}", f"uploads/{TENANT}":
             self._disk.make_folder((self._root / name).parent)
             self._disk.make_folder(self._root / name)
+        for name in "last_used", "tmp":
+            self._disk.make_folder(self._root / name)
         for left in self._temporary.iterdir():
-            if left.is_dir():
-                self._disk.remove_folder(left)
-            else:
-                left.unlink()
-        readable = [self._read_name(path) for path in self._manifests.glob("*.json")]
-        self._ids = sorted(self._records)
+            sweep(self._disk, left)
+        self._uploads.recover()
         # A manifest that cannot be read may stand for any of the blobs.
-        if all(readable):
+        if self._names.load():
             self._blobs.sweep()
 
-    def _read_name(self, path: Path) -> bool:
-        adapter_id = path.name.removesuffix(".json")
-        if not is_adapter_id(adapter_id):
-            logger.error("adapter store: %s is not a manifest of this server's", path)
-            return False
-        record = parse_manifest(path.read_bytes(), adapter_id)
-        if record is None:
-            logger.error("adapter store: the manifest %s cannot be read", path)
-            self._records[adapter_id] = unreadable_record(adapter_id)
-            return False
-        self._blobs.load(record.version, adapter_id)
-        self._records[adapter_id] = record
-        return True
 
-    def _manifest(self, adapter_id: str) -> Path:
-        return self._manifests / f"{adapter_id}.json"
-
-
-def _take_lock(root: Path) -> int:
-    fd = os.open(root / "lock", os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(fd)
-        raise StartupError(f"adapter store {root} is in use by another server") from None
-    except OSError:
-        os.close(fd)
-        raise
-    return fd
+def _ignore(version: str) -> None:
+    """Nobody asked to be told."""
 
 
 def _token(adapter_id: str) -> str:

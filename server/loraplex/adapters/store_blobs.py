@@ -2,8 +2,10 @@
 
 import contextlib
 import logging
+import os
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
@@ -13,6 +15,7 @@ from loraplex.adapters.safetensors_header import WEIGHTS_NAME
 from loraplex.adapters.store_files import Disk, FileRecord, describe, storage_errors
 from loraplex.adapters.store_records import files_bytes, is_digest, parse_files
 from loraplex.errors import RequestError
+from loraplex.priority import give_way
 
 logger = logging.getLogger(__name__)
 
@@ -28,9 +31,14 @@ class Blob:
     files: dict[str, FileRecord]
     damaged: bool = False
     verified: bool = False  # its hashes were checked in this process
-    readers: int = 0
+    readers: int = 0  # requests that run on it
+    checks: int = 0  # under way
     names: set[str] = field(default_factory=set)
     checking: Lock = field(default_factory=Lock)  # held while the files are hashed
+
+    @property
+    def is_needed(self) -> bool:
+        return bool(self.names or self.readers or self.checks)
 
 
 class BlobStore:
@@ -39,12 +47,16 @@ class BlobStore:
     `_lock` guards what is in memory, for moments only. `exclusive` orders what changes the disk.
     """
 
-    def __init__(self, root: Path, temporary: Path, disk: Disk) -> None:
+    def __init__(
+        self, root: Path, temporary: Path, disk: Disk, on_removed: Callable[[str], None]
+    ) -> None:
         self._root = root
         self._temporary = temporary
         self._disk = disk
+        self._on_removed = on_removed  # told just before a version's files go
         self._lock = Lock()
         self._disk_lock = Lock()
+        self._collector = ThreadPoolExecutor(1, "loraplex-collector", give_way)
 
         self._open = True
         self._blobs: dict[str, Blob] = {}
@@ -72,17 +84,38 @@ class BlobStore:
             self._known(version).readers += 1
 
     def release(self, version: str) -> None:
+        """The files of what nobody needs any more go later: removing them may take long."""
         with self._lock:
             blob = self._blobs[version]
             assert blob.readers > 0
             blob.readers -= 1
-            if not blob.readers and not blob.names:
-                self._garbage.add(version)
-        self._collect()
+            if blob.is_needed:
+                return
+            self._garbage.add(version)
+        with contextlib.suppress(RuntimeError):  # closed: they are swept at the next start
+            self._collector.submit(self._collect)
+
+    def references(self, version: str) -> int:
+        with self._lock:
+            blob = self._blobs.get(version)
+            return blob.readers if blob is not None else 0
+
+    def versions(self) -> tuple[str, ...]:
+        with self._lock:
+            return tuple(sorted(self._blobs))
+
+    def weights_sha256(self, version: str) -> str | None:
+        """Of the safetensors file; None when it is not known to be what it was."""
+        with self._lock:
+            blob = self._blobs.get(version)
+            file = blob.files.get(WEIGHTS_NAME) if blob is not None else None
+            return file.sha256 if file is not None else None
 
     def link(self, version: str, adapter_id: str) -> None:
+        """No-op for a version that is not here, as an unreadable manifest's."""
         with self._lock:
-            self._blobs[version].names.add(adapter_id)
+            if blob := self._blobs.get(version):
+                blob.names.add(adapter_id)
 
     def unlink(self, version: str, adapter_id: str) -> None:
         """Whoever is exclusive removes the version afterwards, if nobody holds it."""
@@ -123,9 +156,14 @@ class BlobStore:
         self._disk.move(staged, target)
         with self._lock:
             if blob is None:
-                self._blobs[version] = Blob(files)
+                self._blobs[version] = Blob(files, verified=True)  # hashed when they came
             else:
-                blob.files, blob.damaged, blob.verified = files, False, False
+                blob.files, blob.damaged, blob.verified = files, False, True
+
+    def cache(self, version: str, name: str) -> Path | None:
+        """Where a cache lies that is one of the version's files, and sound as far as is known."""
+        with self._lock:
+            return self.folder(version) / name if name in self._known(version).files else None
 
     def add_file(self, version: str, name: str, source: Path) -> None:
         assert name not in (*_TRUTH, RECORD_NAME, _QUARANTINE_NAME)
@@ -136,33 +174,42 @@ class BlobStore:
                 blob = self._known(version)
             self._add(version, blob, name, source, file)
 
-    def verify(self, version: str) -> None:
-        self.retain(version)
+    def is_sound(self, version: str) -> bool:
+        """Whether the version is here, by its bytes: hashed, if that was not done yet."""
         try:
+            self.verify(version)
+        except RequestError as error:
+            if error.reason.name not in ("ADAPTER_NOT_FOUND", "ADAPTER_UNUSABLE"):
+                raise
+            return False
+        return True
+
+    def verify(self, version: str) -> None:
+        with self._checked(version) as blob, blob.checking:
+            if not blob.verified and not blob.damaged:
+                self._check_files(version, blob)
+            if blob.damaged:
+                raise RequestError(
+                    "ADAPTER_UNUSABLE",
+                    f"version {version} is quarantined: its bytes on disk differ from what was"
+                    " uploaded",
+                )
+
+    def scrub(self, version: str, on_bytes: Callable[[int], object]) -> None:
+        """Hash the files again, at the pace of `on_bytes`; what differs then is verified anew."""
+        with self._checked(version) as blob:
             with self._lock:
-                blob = self._known(version)
-            with blob.checking:
-                if not blob.verified and not blob.damaged:
-                    self._check_files(version, blob)
-                if blob.damaged:
-                    raise RequestError(
-                        "ADAPTER_UNUSABLE",
-                        f"version {version} is quarantined: its bytes on disk differ from what was"
-                        " uploaded",
-                    )
-        finally:
-            self.release(version)
+                files = {} if blob.damaged else dict(blob.files)
+            # `checking` is not held: a load must not wait for a slow scrub.
+            if all(self._is_whole(version, name, files[name], on_bytes) for name in files):
+                return
+            with self._lock:
+                blob.verified = False
+            self.verify(version)
 
     def write(self, path: Path, data: bytes) -> None:
         """The file has this content, or still what it had."""
-        temporary = self.new_temporary()
-        try:
-            self._disk.write(temporary, data)
-            self._disk.move(temporary, path)
-        except OSError:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            raise
+        self._disk.replace(path, data, self.new_temporary())
 
     def load(self, version: str, adapter_id: str) -> None:
         """Read a version that a manifest names, when the store is opened; sizes are checked."""
@@ -180,6 +227,7 @@ class BlobStore:
         """Nothing is written from here on."""
         with self._disk_lock:
             self._open = False
+        self._collector.shutdown()
 
     def _known(self, version: str) -> Blob:
         blob = self._blobs.get(version)
@@ -194,6 +242,7 @@ class BlobStore:
                 if not self._open:
                     return
                 for version in self._take_unused():
+                    self._on_removed(version)
                     self._disk.remove_folder(self.folder(version))
             finally:
                 self._disk_lock.release()
@@ -203,7 +252,7 @@ class BlobStore:
             unused = []
             for version in self._garbage:
                 blob = self._blobs.get(version)
-                if blob is not None and not blob.names and not blob.readers:
+                if blob is not None and not blob.is_needed:
                     del self._blobs[version]
                     unused.append(version)
             self._garbage.clear()
@@ -218,12 +267,44 @@ class BlobStore:
         with self._lock:
             blob.files = dict(files)
 
+    @contextlib.contextmanager
+    def _checked(self, version: str) -> Iterator[Blob]:
+        """Keep the files while they are read."""
+        with self._lock:
+            blob = self._known(version)
+            blob.checks += 1
+        try:
+            yield blob
+        finally:
+            with self._lock:
+                blob.checks -= 1
+                self._garbage.add(version)
+            self._collect()
+
+    def _is_whole(
+        self,
+        version: str,
+        name: str,
+        expected: FileRecord,
+        on_bytes: Callable[[int], object] | None = None,
+    ) -> bool:
+        path = self.folder(version) / name
+        with storage_errors():
+            try:
+                if not path.is_file():
+                    return False
+                if on_bytes is not None and name in _TRUTH:  # the others are in use, and mapped
+                    self._disk.forget(path)
+                return describe(path, on_bytes) == expected
+            except OSError:
+                if name in _TRUTH:
+                    raise
+                return False
+
     def _check_files(self, version: str, blob: Blob) -> None:
         for name, expected in dict(blob.files).items():
-            path = self.folder(version) / name
-            with storage_errors():
-                if path.is_file() and describe(path) == expected:
-                    continue
+            if self._is_whole(version, name, expected):
+                continue
             if name in _TRUTH:
                 self._quarantine(version, blob)
                 return
@@ -232,10 +313,17 @@ class BlobStore:
             blob.verified = True
 
     def _drop(self, version: str, name: str, blob: Blob) -> None:
+        """From memory whatever the disk says: what the next start finds there it verifies anew."""
         logger.warning("adapter store: %s of %s differs and is dropped", name, version)
-        with storage_errors(), self.exclusive():
-            self._disk.remove(self.folder(version) / name)
-            self._keep_record(version, blob, {k: v for k, v in blob.files.items() if k != name})
+        with self.exclusive():
+            files = {kept: file for kept, file in blob.files.items() if kept != name}
+            with self._lock:
+                blob.files = files
+            try:
+                self._disk.remove(self.folder(version) / name)
+                self._keep_record(version, blob, files)
+            except OSError as error:
+                logger.warning("adapter store: %s of %s stays on disk: %s", name, version, error)
 
     def _quarantine(self, version: str, blob: Blob) -> None:
         logger.error("adapter store: the bytes of %s differ from what was uploaded", version)
@@ -248,13 +336,26 @@ class BlobStore:
             logger.warning("adapter store: the quarantine is not written down: %s", error)
 
     def _read(self, version: str) -> Blob:
-        folder = self.folder(version)
-        record = folder / RECORD_NAME
-        files = (parse_files(record.read_bytes()) if record.is_file() else None) or {}
-        sound = {
-            name: file
-            for name, file in files.items()
-            if (folder / name).is_file() and (folder / name).stat().st_size == file.size
-        }
-        marked = (folder / _QUARANTINE_NAME).exists()
-        return Blob(sound, damaged=marked or not all(name in sound for name in _TRUTH))
+        sizes = _file_sizes(self.folder(version))
+        files = _read_record(self.folder(version)) if RECORD_NAME in sizes else {}
+        sound = {name: file for name, file in files.items() if sizes.get(name) == file.size}
+        whole = all(name in sound for name in _TRUTH) and _QUARANTINE_NAME not in sizes
+        return Blob(sound, damaged=not whole)
+
+
+def _read_record(folder: Path) -> dict[str, FileRecord]:
+    """Empty when it cannot be read."""
+    try:
+        return parse_files((folder / RECORD_NAME).read_bytes()) or {}
+    except OSError as error:
+        logger.error("adapter store: %s", error)
+        return {}
+
+
+def _file_sizes(folder: Path) -> dict[str, int]:
+    """Bytes by name, of one listing; empty when there is no such folder."""
+    try:
+        with os.scandir(folder) as entries:
+            return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+    except FileNotFoundError:
+        return {}

@@ -1,4 +1,4 @@
-"""What the adapter store does to its disk: durable writes, and one upload's growing file.
+"""What the adapter store does to its disk: single steps, and the durable writes made of them.
 
 The order is always: write to a temporary name on the same file system, fsync the file, rename it,
 fsync the folder. A reader never sees half of anything.
@@ -6,6 +6,7 @@ fsync the folder. A reader never sees half of anything.
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import logging
 import os
@@ -13,14 +14,12 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Lock
 
-from loraplex.adapters.safetensors_header import WEIGHTS_NAME
-from loraplex.errors import InvalidRequestError, RequestError
+from loraplex.errors import RequestError
 
 logger = logging.getLogger(__name__)
 
-_CHUNK_BYTES = 1 << 20
+_CHUNK_BYTES = 1 << 18
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,38 +31,43 @@ class FileRecord:
 
 
 class Disk:
-    """The operations the store is made of; tests put one that fails in its place."""
+    """The operations the store is made of; tests put one that fails in its place.
 
-    def make_folder(self, path: Path) -> None:
-        """Durable when it returns, also if somebody else made it."""
+    Down to `free_bytes` they are single steps of the operating system, and nothing else of the
+    store changes the disk; those behind it are made of these steps.
+    """
+
+    def make(self, path: Path) -> None:
         path.mkdir(exist_ok=True)
-        self.sync(path.parent)
 
-    def write(self, path: Path, data: bytes) -> None:
-        """A new file that is on disk; its name is, once the folder is synced."""
-        with path.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+    def open(self, path: Path, size: int) -> int:
+        """A file that holds its first `size` bytes, to be written behind them."""
+        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            os.ftruncate(fd, size)
+        except OSError:
+            os.close(fd)
+            raise
+        return fd
 
-    def append(self, fd: int, data: bytes | memoryview, offset: int) -> None:
-        left = memoryview(data)
-        while left:
-            written = os.pwrite(fd, left, offset)
-            left = left[written:]
-            offset += written
+    def pwrite(self, fd: int, data: memoryview, offset: int) -> int:
+        """How many bytes were written, perhaps not all."""
+        return os.pwrite(fd, data, offset)
+
+    def sync_file(self, fd: int) -> None:
+        os.fsync(fd)
 
     def sync(self, path: Path) -> None:
+        """Of a folder: the names in it are on disk. Of a file: its bytes."""
         fd = os.open(path, os.O_RDONLY)
         try:
             os.fsync(fd)
         finally:
             os.close(fd)
 
-    def move(self, source: Path, target: Path) -> None:
-        """Atomic, and durable when it returns; replaces a file, never a folder that holds any."""
+    def rename(self, source: Path, target: Path) -> None:
+        """Atomic; replaces a file, never a folder that holds any."""
         source.replace(target)
-        self.sync(target.parent)
 
     def remove(self, path: Path) -> None:
         """Durable once the folder is synced."""
@@ -73,17 +77,92 @@ class Disk:
         """As far as it goes: what stays behind is swept when the store is opened again."""
         shutil.rmtree(path, ignore_errors=True)
 
+    def forget(self, path: Path) -> None:
+        """The next reader gets the disk's bytes, where the system lets us ask for that."""
+        if hasattr(os, "posix_fadvise"):
+            fd = os.open(path, os.O_RDONLY)
+            try:
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            finally:
+                os.close(fd)
+
     def free_bytes(self, path: Path) -> int:
         return shutil.disk_usage(path).free
 
+    def lock(self, path: Path) -> int:
+        """BlockingIOError when another process has it. A read-only disk will do."""
+        try:
+            fd = self.open(path, 0)
+        except OSError as error:
+            if error.errno not in (errno.EROFS, errno.EACCES):
+                raise
+            fd = os.open(path, os.O_RDONLY)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(fd)
+            raise
+        return fd
 
-def describe(path: Path) -> FileRecord:
-    """Size and sha256 of a file as it is on disk now."""
+    def make_folder(self, path: Path) -> None:
+        """Durable when it returns, also if somebody else made it."""
+        self.make(path)
+        self.sync(path.parent)
+
+    def append(self, fd: int, data: bytes | memoryview, offset: int) -> None:
+        left = memoryview(data)
+        while left:
+            written = self.pwrite(fd, left, offset)
+            if written < 1:
+                raise OSError(errno.EIO, "nothing could be written")
+            left = left[written:]
+            offset += written
+
+    def write(self, path: Path, data: bytes) -> None:
+        """The file's bytes are on disk; its name is, once the folder is synced."""
+        fd = self.open(path, 0)
+        try:
+            self.append(fd, data, 0)
+            self.sync_file(fd)
+        finally:
+            os.close(fd)
+
+    def move(self, source: Path, target: Path) -> None:
+        """Durable when it returns."""
+        self.rename(source, target)
+        self.sync(target.parent)
+
+    def replace(self, path: Path, data: bytes, temporary: Path) -> None:
+        """The file has this content, durably, or still what it had."""
+        try:
+            self.write(temporary, data)
+            self.move(temporary, path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                self.remove(temporary)
+            raise
+
+
+def sweep(disk: Disk, path: Path) -> None:
+    """Remove a file or a folder that is of no use, as far as the disk lets us."""
+    if path.is_dir():
+        disk.remove_folder(path)
+        return
+    try:
+        disk.remove(path)
+    except OSError as error:
+        logger.warning("adapter store: left lying about: %s", error)
+
+
+def describe(path: Path, on_bytes: Callable[[int], object] | None = None) -> FileRecord:
+    """Size and sha256 of a file as it is on disk now. `on_bytes` is told of every piece read."""
     size, digest = 0, hashlib.sha256()
-    with path.open("rb") as file:
+    with path.open("rb", buffering=0) as file:
         while chunk := file.read(_CHUNK_BYTES):
             size += len(chunk)
             digest.update(chunk)
+            if on_bytes is not None:
+                on_bytes(len(chunk))
     return FileRecord(size, digest.hexdigest())
 
 
@@ -98,80 +177,3 @@ def storage_errors() -> Iterator[None]:
             raise RequestError("DISK_FULL", "the adapter store has no room left") from error
         text = os.strerror(error.errno) if error.errno else "an I/O error"
         raise RequestError("STORE_UNAVAILABLE", f"the adapter store fails: {text}") from error
-
-
-class Upload:
-    """A file that arrives in pieces, in a folder of its own in the store's temporary area.
-
-    Its methods may run in different threads, even `discard` beside a `write` of a cancelled call.
-    """
-
-    def __init__(
-        self,
-        disk: Disk,
-        folder: Path,
-        adapter_id: str,
-        total_size: int,
-        on_end: Callable[["Upload"], None],
-    ) -> None:
-        self.adapter_id = adapter_id
-        self.folder = folder
-        self.path = folder / WEIGHTS_NAME
-        self.total_size = total_size  # bytes
-        self.committed_size = 0  # grows; bytes that were written and hashed
-        self._hash = hashlib.sha256()
-        self._fd: int | None = None  # None before `open` and after the end
-        self._disk = disk
-        self._lock = Lock()
-        self._on_end = on_end
-
-    def open(self) -> None:
-        self._disk.make_folder(self.folder)
-        self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-
-    def write(self, offset: int, data: bytes) -> None:
-        with self._lock:
-            fd = self._open_fd()
-            if offset != self.committed_size:
-                raise RequestError(
-                    "OFFSET_MISMATCH",
-                    f"offset {offset}, but {self.committed_size} bytes are committed",
-                    field="chunk.offset",
-                    metadata={"committed_size": str(self.committed_size)},
-                )
-            if offset + len(data) > self.total_size:
-                raise InvalidRequestError(
-                    "chunk.data", f"goes beyond the declared total_size of {self.total_size} bytes"
-                )
-            with storage_errors():
-                self._disk.append(fd, data, offset)
-            self._hash.update(data)
-            self.committed_size += len(data)
-
-    def finish(self) -> str:
-        """The whole file is on disk: its sha256 in hexadecimal."""
-        with self._lock:
-            fd = self._open_fd()
-            if self.committed_size != self.total_size:
-                raise InvalidRequestError(
-                    "header.total_size",
-                    f"{self.total_size} bytes were declared, but {self.committed_size} came",
-                )
-            with storage_errors():
-                os.fsync(fd)
-            return self._hash.hexdigest()
-
-    def discard(self) -> None:
-        """Forget the upload and free its adapter_id; harmless after it was published."""
-        with self._lock:
-            if self._fd is None:
-                return
-            os.close(self._fd)
-            self._fd = None
-        self._disk.remove_folder(self.folder)
-        self._on_end(self)
-
-    def _open_fd(self) -> int:
-        if self._fd is None:
-            raise RequestError("UPLOAD_INCOMPLETE", "the upload was discarded")
-        return self._fd

@@ -1,4 +1,4 @@
-"""What the adapter store writes down of a name and of a blob's files, and how."""
+"""What the adapter store writes down of names, uploads and a blob's files, and how."""
 
 import json
 import re
@@ -13,6 +13,7 @@ from loraplex.errors import InvalidRequestError
 FORMAT = 1
 _ADAPTER_ID = re.compile(r"[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+_UPLOAD_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
 class AdapterState(Enum):
@@ -46,6 +47,42 @@ class AdapterRecord:
     last_used_time: float | None
     owner: str
     base_id: str
+    pinned: bool = False
+    use_dora: bool = False
+    invocation_tokens: tuple[int, ...] = ()  # of an activated LoRA; else none
+
+
+@dataclass(frozen=True, slots=True)
+class UploadRequest:
+    """What an upload's header asks for."""
+
+    adapter_id: str
+    upload_id: str  # a UUID, lower case
+    total_size: int  # bytes of the safetensors file
+    sha256: str  # of it, lower case
+    config_json: str  # as uploaded
+    resume_offset: int = 0  # 0 with no partial: a new upload
+    replace: bool = False
+    if_match_etag: str = ""  # implies replace
+
+
+@dataclass(frozen=True, slots=True)
+class UploadStatus:
+    """How far an upload came."""
+
+    committed_size: int  # bytes that are safely on disk
+    expire_time: float  # seconds since the epoch
+    record: AdapterRecord | None  # once published: what the name has now of it
+
+
+@dataclass(frozen=True, slots=True)
+class Partial:
+    """What is on disk of an upload."""
+
+    request: UploadRequest  # its `resume_offset`, `replace` and `if_match_etag` are not kept
+    committed_size: int  # bytes that are safely on disk
+    time: float  # seconds since the epoch: of the last write, or of the publication
+    version: str | None = None  # once published, which leaves no more than this
 
 
 def is_adapter_id(name: str) -> bool:
@@ -54,6 +91,10 @@ def is_adapter_id(name: str) -> bool:
 
 def is_digest(text: str) -> bool:
     return _DIGEST.fullmatch(text) is not None
+
+
+def is_upload_id(text: str) -> bool:
+    return _UPLOAD_ID.fullmatch(text) is not None
 
 
 def validate_adapter_id(name: str, field: str = "adapter_id") -> None:
@@ -80,6 +121,9 @@ def manifest_bytes(record: AdapterRecord) -> bytes:
         "last_used_time": record.last_used_time,
         "owner": record.owner,
         "base_id": record.base_id,
+        "pinned": record.pinned,
+        "use_dora": record.use_dora,
+        "invocation_tokens": record.invocation_tokens,
     }
     return json.dumps(fields, indent=2).encode()
 
@@ -102,11 +146,69 @@ def parse_manifest(data: bytes, adapter_id: str) -> AdapterRecord | None:
             last_used_time=None if last_used is None else float(last_used),
             owner=str(fields["owner"]),
             base_id=str(fields["base_id"]),
+            # Absent in what the first version wrote.
+            pinned=bool(fields.get("pinned", False)),
+            use_dora=bool(fields.get("use_dora", False)),
+            invocation_tokens=tuple(int(token) for token in fields.get("invocation_tokens", ())),
         )
         whole = fields["format"] == FORMAT and record.adapter_id == adapter_id
         return record if whole and is_digest(record.version) else None
     except (ValueError, TypeError, KeyError, RecursionError):
         return None
+
+
+def partial_bytes(partial: Partial) -> bytes:
+    request = partial.request
+    fields = {
+        "format": FORMAT,
+        "adapter_id": request.adapter_id,
+        "upload_id": request.upload_id,
+        "total_size": request.total_size,
+        "sha256": request.sha256,
+        "config_json": request.config_json,
+        "committed_size": partial.committed_size,
+        "time": partial.time,
+        "version": partial.version,
+    }
+    return json.dumps(fields, indent=2).encode()
+
+
+def parse_partial(data: bytes, upload_id: str) -> Partial | None:
+    """None when it is not a whole note of this upload."""
+    try:
+        fields = json.loads(data)
+        request = UploadRequest(
+            adapter_id=fields["adapter_id"],
+            upload_id=fields["upload_id"],
+            total_size=int(fields["total_size"]),
+            sha256=str(fields["sha256"]),
+            config_json=str(fields["config_json"]),
+        )
+        version = fields["version"]
+        whole = (
+            fields["format"] == FORMAT
+            and request.upload_id == upload_id
+            and is_adapter_id(request.adapter_id)
+            and (version is None or is_digest(version))
+        )
+        partial = Partial(request, int(fields["committed_size"]), float(fields["time"]), version)
+        return partial if whole else None
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+
+
+def last_used_bytes(times: Mapping[str, float]) -> bytes:
+    return json.dumps({"format": FORMAT, "last_used_time": times}, indent=2).encode()
+
+
+def parse_last_used(data: bytes) -> dict[str, float]:
+    """By adapter_id; empty when it cannot be read."""
+    try:
+        fields = json.loads(data)
+        times = {str(name): float(time) for name, time in fields["last_used_time"].items()}
+        return times if fields["format"] == FORMAT else {}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return {}
 
 
 def unreadable_record(adapter_id: str) -> AdapterRecord:

@@ -1,25 +1,18 @@
-"""AdapterService: adapters come over the wire, are listed, shown and taken away."""
+"""AdapterService: adapters come over the wire, are listed, shown, pinned and taken away."""
 
-import zlib
-from collections.abc import AsyncIterator, Sequence
-from contextlib import ExitStack
+from collections.abc import AsyncIterator
 
 from google.protobuf.timestamp_pb2 import Timestamp
 from loraplex_protos.v1 import adapters_pb2 as pb
 
-from loraplex.adapters.peft import AdapterConfig, version_of
-from loraplex.adapters.store import (
-    AdapterRecord,
-    AdapterState,
-    Upload,
-    Visibility,
-    validate_adapter_id,
-)
+from loraplex.adapters.store import AdapterRecord, AdapterState, Visibility, validate_adapter_id
+from loraplex.adapters.tiers import Tier
 from loraplex.api.calls import Call
-from loraplex.api.protocols import EngineLike, PublisherLike, StoreLike
-from loraplex.api.threads import in_thread
-from loraplex.api.uploads import UploadMessages, check_header
-from loraplex.errors import RequestError, not_implemented
+from loraplex.api.pins import Pins
+from loraplex.api.protocols import EngineLike, StoreLike
+from loraplex.api.receiving import Receiver
+from loraplex.api.threads import Background
+from loraplex.api.validation import check_upload_id
 
 _STATES = {
     AdapterState.READY: pb.ADAPTER_STATE_READY,
@@ -30,6 +23,11 @@ _VISIBILITIES = {
     Visibility.PRIVATE: pb.ADAPTER_VISIBILITY_PRIVATE,
     Visibility.SHARED: pb.ADAPTER_VISIBILITY_SHARED,
 }
+_RESIDENCIES = {
+    Tier.DISK: pb.ADAPTER_RESIDENCY_DISK,
+    Tier.HOST: pb.ADAPTER_RESIDENCY_HOST,
+    Tier.DEVICE: pb.ADAPTER_RESIDENCY_DEVICE,
+}
 
 
 class AdapterServicer:
@@ -39,44 +37,35 @@ class AdapterServicer:
         self,
         engine: EngineLike,
         store: StoreLike,
-        publisher: PublisherLike,
-        base_id: str,
-        *,
-        stall_seconds: float,
+        receiver: Receiver,
+        pins: Pins,
+        background: Background,
     ) -> None:
         self._engine = engine
         self._store = store
-        self._publisher = publisher
-        self._base_id = base_id
-        self._stall_seconds = stall_seconds
+        self._receiver = receiver
+        self._pins = pins
+        self._background = background
 
     async def UploadAdapter(
         self, requests: AsyncIterator[pb.UploadAdapterRequest], call: Call
     ) -> pb.UploadAdapterResponse:
-        messages = UploadMessages(requests, self._stall_seconds)
-        header = await messages.header()
-        check_header(header)
-        call.note(adapter_id=header.adapter_id, upload_id=header.upload_id, bytes=header.total_size)
-        config = await in_thread(self._publisher.check_config, header.adapter_config_json)
-        present = self._present(header, config)
-        if present is not None:
-            return pb.UploadAdapterResponse(adapter=self._adapter(present), created=False)
-        cleanup = ExitStack()
-        try:
-            upload = await in_thread(self._begin, header, cleanup)
-            async for chunk in messages.chunks():
-                await in_thread(_write, upload, chunk)
-            await messages.end()
-            record, created, warnings = await in_thread(self._publish, upload, header, config)
-        finally:
-            await in_thread(cleanup.close)
+        record, created, warnings = await self._receiver.receive(requests, call)
         call.note(version=record.version, created=created)
         return pb.UploadAdapterResponse(
             adapter=self._adapter(record), created=created, warnings=warnings
         )
 
     async def GetUpload(self, request: pb.GetUploadRequest, call: Call) -> pb.GetUploadResponse:
-        raise not_implemented("GetUpload")
+        check_upload_id(request.upload_id, "upload_id")
+        status = self._store.upload_status(request.upload_id.lower())
+        record = status.record
+        return pb.GetUploadResponse(
+            state=pb.UPLOAD_STATE_ACTIVE if record is None else pb.UPLOAD_STATE_PUBLISHED,
+            committed_size=status.committed_size,
+            expire_time=_timestamp(status.expire_time),
+            adapter=None if record is None else self._adapter(record),
+        )
 
     async def GetAdapter(self, request: pb.GetAdapterRequest, call: Call) -> pb.GetAdapterResponse:
         validate_adapter_id(request.adapter_id)
@@ -95,48 +84,19 @@ class AdapterServicer:
     ) -> pb.DeleteAdapterResponse:
         validate_adapter_id(request.adapter_id)
         call.note(adapter_id=request.adapter_id)
-        await in_thread(self._store.delete, request.adapter_id)
+        try:
+            await self._background.run(self._store.delete, request.adapter_id)
+        finally:
+            await self._pins.follow(request.adapter_id)
         return pb.DeleteAdapterResponse()
 
     async def PinAdapter(self, request: pb.PinAdapterRequest, call: Call) -> pb.PinAdapterResponse:
-        raise not_implemented("PinAdapter")
-
-    def _present(self, header: pb.UploadHeader, config: AdapterConfig) -> AdapterRecord | None:
-        """The name's record, if it is this very content: then no byte need come."""
-        try:
-            record = self._store.get(header.adapter_id)
-        except RequestError:
-            return None
-        if record.version != version_of(header.sha256.lower(), config, self._base_id):
-            raise RequestError(
-                "ADAPTER_EXISTS",
-                f"{header.adapter_id} holds other content; delete it or use another name",
-                field="header.adapter_id",
-            )
-        return record if record.state is AdapterState.READY else None
-
-    def _begin(self, header: pb.UploadHeader, cleanup: ExitStack) -> Upload:
-        upload = self._store.begin(header.adapter_id, header.total_size)
-        cleanup.callback(upload.discard)
-        return upload
-
-    def _publish(
-        self, upload: Upload, header: pb.UploadHeader, config: AdapterConfig
-    ) -> tuple[AdapterRecord, bool, Sequence[str]]:
-        sha256 = upload.finish()
-        if sha256 != header.sha256.lower():
-            raise RequestError(
-                "SHA256_MISMATCH",
-                "the bytes that came are not those of the header's sha256",
-                field="header.sha256",
-                metadata={"sha256": sha256},
-            )
-        return self._publisher.publish(
-            upload, header.adapter_id, config, sha256, Visibility.PRIVATE
-        )
+        validate_adapter_id(request.adapter_id)
+        call.note(adapter_id=request.adapter_id, pinned=request.pinned)
+        change = self._pins.pin if request.pinned else self._pins.unpin
+        return pb.PinAdapterResponse(adapter=self._adapter(await change(request.adapter_id)))
 
     def _adapter(self, record: AdapterRecord) -> pb.Adapter:
-        on_device = self._engine.residency(record.version)
         used = record.last_used_time
         return pb.Adapter(
             adapter_id=record.adapter_id,
@@ -147,22 +107,14 @@ class AdapterServicer:
             rank=record.rank,
             target_modules=record.target_modules,
             state=_STATES[record.state],
-            residency=pb.ADAPTER_RESIDENCY_DEVICE if on_device else pb.ADAPTER_RESIDENCY_DISK,
+            residency=_RESIDENCIES[self._engine.residency(record.version)],
+            pinned=record.pinned,
             visibility=_VISIBILITIES[record.visibility],
             create_time=_timestamp(record.create_time),
             last_used_time=None if used is None else _timestamp(used),
             owner=record.owner,
+            references=self._store.references(record.version),
         )
-
-
-def _write(upload: Upload, chunk: pb.UploadChunk) -> None:
-    if chunk.HasField("crc32") and zlib.crc32(chunk.data) != chunk.crc32:
-        raise RequestError(
-            "CRC32_MISMATCH",
-            f"the chunk at offset {chunk.offset} is not what its crc32 says",
-            field="chunk.crc32",
-        )
-    upload.write(chunk.offset, chunk.data)
 
 
 def _timestamp(seconds: float) -> Timestamp:

@@ -26,11 +26,13 @@ class Generation:
     def __init__(
         self,
         sequence: Sequence,
+        used: Seq[pb.UsedAdapter],
         engine: EngineLike,
         detokenizer: Detokenizer,
         stop_strings: Seq[str],
     ) -> None:
         self._sequence = sequence
+        self._used = used
         self._engine = engine
         self._completion = Completion(detokenizer, sequence.stop, stop_strings)
         self._running = False
@@ -88,14 +90,10 @@ class Generation:
             self._engine.abort(self._sequence.request_id)
 
     def _started(self) -> pb.Started:
-        sequence = self._sequence
-        used = []
-        if sequence.digest is not None:
-            used.append(pb.UsedAdapter(adapter_id=sequence.adapter_id, version=sequence.digest))
         return pb.Started(
-            request_id=sequence.request_id,
-            adapters=used,
-            prompt_tokens=len(sequence.prompt_token_ids),
+            request_id=self._sequence.request_id,
+            adapters=self._used,
+            prompt_tokens=len(self._sequence.prompt_token_ids),
         )
 
     def _finished(self, end: Finished) -> pb.Finished:

@@ -1,17 +1,16 @@
 """InferenceService: a request in, its tokens out as they are sampled."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
-from contextlib import aclosing, asynccontextmanager, contextmanager
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing, contextmanager
 from importlib.metadata import version
 
 from loraplex_protos.v1 import inference_pb2 as pb
 
-from loraplex.adapters.store import AdapterRecord, AdapterState
+from loraplex.api.adaptation import Adaptation, adaptation, named_adapters
 from loraplex.api.calls import Call
 from loraplex.api.generation import Generation
 from loraplex.api.protocols import EngineLike, ModelInfo, StoreLike, TokenizerLike
-from loraplex.api.threads import in_thread
 from loraplex.api.validation import (
     chat_messages,
     check_chat,
@@ -24,7 +23,7 @@ from loraplex.engine.sequence import Sequence, StopParams
 from loraplex.errors import InvalidRequestError, RequestError
 from loraplex.metrics import Metrics
 
-FEATURES: tuple[str, ...] = ()
+FEATURES = ("resume", "replace", "pin", "adapter_version", "blend", "dora", "alora")
 """What of the contract's optional parts works here, by name; GetServerInfo tells it."""
 
 
@@ -50,12 +49,14 @@ class InferenceServicer:
         self, request: pb.GenerateRequest, call: Call
     ) -> AsyncGenerator[pb.GenerateResponse, None]:
         check_generate(request, self._model)
-        call.note(adapter_id=request.adapter_id or "-")
+        call.note(adapter_id=named_adapters(request) or "-")
+        max_rank = self._model.limits.max_rank
         with self._claimed(call.request_id):
-            async with self._adapter(request.adapter_id) as record:
+            async with adaptation(request, self._store, max_rank) as adapted:
                 prompt = await self._encode(request)
                 generation = Generation(
-                    sequence=self._sequence(request, call, prompt, record),
+                    sequence=self._sequence(request, call, prompt, adapted),
+                    used=adapted.used(),
                     engine=self._engine,
                     detokenizer=self._tokenizer.detokenizer(continues=not request.HasField("chat")),
                     stop_strings=request.stop.stop,
@@ -110,22 +111,6 @@ class InferenceServicer:
         finally:
             self._live.discard(request_id)
 
-    @asynccontextmanager
-    async def _adapter(self, adapter_id: str) -> AsyncIterator[AdapterRecord | None]:
-        """The version that serves the whole request, kept even if its name goes away meanwhile."""
-        if not adapter_id:
-            yield None
-            return
-        record = self._store.get(adapter_id)
-        if record.state is not AdapterState.READY:
-            raise RequestError("ADAPTER_UNUSABLE", f"{adapter_id} is {record.state.value}")
-        self._store.retain(record.version)
-        try:
-            self._store.touch(adapter_id)
-            yield record
-        finally:
-            await in_thread(self._store.release, record.version)
-
     async def _encode(self, request: pb.GenerateRequest | pb.TokenizeRequest) -> list[int]:
         """The prompt's token ids; encoding takes up to seconds, so not on the loop."""
         match request.WhichOneof("prompt"):
@@ -150,12 +135,13 @@ class InferenceServicer:
         request: pb.GenerateRequest,
         call: Call,
         prompt: list[int],
-        record: AdapterRecord | None,
+        adapted: Adaptation,
     ) -> Sequence:
         if not prompt:
             raise InvalidRequestError("prompt", "holds no token")
         if max(prompt) >= self._model.vocab_size:  # a tokenizer may know more than the model
             raise InvalidRequestError("prompt", "holds a token that the model does not have")
+        target = adapted.target(prompt)
         eos = frozenset() if request.stop.ignore_eos else self._model.eos_token_ids
         return Sequence(
             request_id=call.request_id,
@@ -166,6 +152,8 @@ class InferenceServicer:
                 min_tokens=request.stop.min_tokens,
                 stop_token_ids=eos | frozenset(request.stop.stop_token_ids),
             ),
-            digest=record.version if record else None,
-            adapter_id=request.adapter_id,
+            adapter_id=named_adapters(request),
+            digest=target.digest,
+            blend=target.blend,
+            adapter_start=target.adapter_start,
         )

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from loraplex.adapters.peft import AdapterConfig
-from loraplex.adapters.store import AdapterRecord, Upload
+from loraplex.adapters.store import AdapterRecord, Upload, UploadRequest, UploadStatus
+from loraplex.adapters.tiers import Tier
 from loraplex.engine.sequence import Finished, SamplingParams, Sequence, Timings, Tokens
 
 
@@ -59,25 +60,64 @@ class EngineLike(Protocol):
 
     def abort(self, request_id: str) -> None: ...
 
-    def residency(self, digest: str) -> bool: ...
+    def residency(self, version: str) -> Tier:
+        """The fastest place that holds a version. A glimpse: it may change at the next step."""
+
+    async def pin(self, version: str, adapter_id: str) -> None:
+        """Keep a version on the device for this name, bringing it there when there is room.
+
+        Raises PINS_EXCEED_MEMORY, or why it cannot be read. Idempotent.
+        """
+
+    def unpin(self, version: str, adapter_id: str) -> None:
+        """The name asks no more. Idempotent."""
+
+    def forget(self, version: str) -> None:
+        """The version's files are gone: its copies in memory go with their last use."""
 
 
 class StoreLike(Protocol):
-    """Adapters on disk. `begin`, `delete` and `release` may wait for it, the others do not."""
+    """Adapters on disk. Those that say so wait for it; the others only look at memory."""
 
     def get(self, adapter_id: str) -> AdapterRecord: ...
 
+    def acquire(self, adapter_id: str) -> AdapterRecord:
+        """The name's version now, kept with its files until `release`; touches it.
+
+        Raises ADAPTER_NOT_FOUND, or ADAPTER_UNUSABLE unless it is READY.
+        """
+
+    def release(self, version: str) -> None:
+        """Give an acquired version back; its files may go later."""
+
+    def verify(self, version: str) -> None:
+        """Hash the files once in this process; waits for the disk. ADAPTER_UNUSABLE."""
+
+    def references(self, version: str) -> int:
+        """How many hold it."""
+
     def list(self, page_size: int, page_token: str) -> tuple[Seq[AdapterRecord], str]: ...
 
-    def begin(self, adapter_id: str, total_size: int) -> Upload: ...
+    def pinned(self) -> Seq[AdapterRecord]:
+        """The names that are pinned, oldest first."""
 
-    def delete(self, adapter_id: str) -> None: ...
+    def set_pinned(self, adapter_id: str, pinned: bool) -> AdapterRecord:
+        """Written down with the name; waits for the disk."""
 
-    def retain(self, version: str) -> None: ...
+    def begin(self, request: UploadRequest) -> Upload:
+        """Start an upload or go on with one; waits for the disk. See `AdapterStore.begin`."""
 
-    def release(self, version: str) -> None: ...
+    def upload_status(self, upload_id: str) -> UploadStatus:
+        """How far an upload came; UPLOAD_NOT_FOUND when it is unknown or has expired."""
 
-    def touch(self, adapter_id: str) -> None: ...
+    def clear_upload(self, request: UploadRequest) -> None:
+        """Nobody will go on with this very upload; waits for the disk.
+
+        A published one is still remembered.
+        """
+
+    def delete(self, adapter_id: str) -> None:
+        """Takes the name away; waits for the disk."""
 
 
 class PublisherLike(Protocol):
@@ -88,11 +128,13 @@ class PublisherLike(Protocol):
     def publish(
         self,
         upload: Upload,
-        adapter_id: str,
         config: AdapterConfig,
         sha256: str,
-        visibility: str,
-    ) -> tuple[AdapterRecord, bool, Seq[str]]: ...
+    ) -> tuple[AdapterRecord, bool, Seq[str]]:
+        """(record, created, warnings) once the adapter is on disk under `upload.request`'s name.
+
+        `sha256` is what `upload.finish` answered. created False: the name had this very version.
+        """
 
 
 class Detokenizer(Protocol):

@@ -1,5 +1,6 @@
 """The gRPC server around the two services: start, health, reflection, drain."""
 
+import asyncio
 import ipaddress
 
 import grpc
@@ -16,6 +17,7 @@ from loraplex.api.adapters import AdapterServicer
 from loraplex.api.calls import Calls
 from loraplex.api.inference import InferenceServicer
 from loraplex.api.interceptors import Boundary
+from loraplex.api.pins import Pins
 from loraplex.api.protocols import (
     EngineLike,
     ModelInfo,
@@ -23,6 +25,8 @@ from loraplex.api.protocols import (
     StoreLike,
     TokenizerLike,
 )
+from loraplex.api.receiving import Receiver
+from loraplex.api.threads import Background
 from loraplex.config import Address
 from loraplex.errors import StartupError
 from loraplex.metrics import Metrics
@@ -58,6 +62,12 @@ class ApiServer:
         stall_seconds: float = 30.0,
     ) -> None:
         self._calls = Calls()
+        self._background = Background()
+        self._pins = Pins(engine, store, self._background)
+        self._restoring: asyncio.Task[None] | None = None  # from start to drain
+        receiver = Receiver(
+            store, publisher, self._pins, self._background, model.base_id, stall_seconds
+        )
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         self._server = grpc.aio.server(
             interceptors=[Boundary(frozenset(SERVICES), self._calls, metrics)], options=_OPTIONS
@@ -66,8 +76,7 @@ class ApiServer:
             InferenceServicer(engine, store, tokenizer, model, metrics), self._server
         )
         adapters_pb2_grpc.add_AdapterServiceServicer_to_server(  # type: ignore[no-untyped-call]
-            AdapterServicer(engine, store, publisher, model.base_id, stall_seconds=stall_seconds),
-            self._server,
+            AdapterServicer(engine, store, receiver, self._pins, self._background), self._server
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         self._add_reflection()
@@ -85,6 +94,7 @@ class ApiServer:
         for service in ("", *SERVICES):
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
         await self._server.start()
+        self._restoring = asyncio.create_task(self._pins.restore())
         return bound
 
     async def drain(self, grace: float) -> None:
@@ -95,6 +105,10 @@ class ApiServer:
             self._calls.expel()
             await self._calls.idle(_LAST_WORDS)
         await self._server.stop(_LAST_WORDS)
+        if self._restoring is not None:
+            self._restoring.cancel()
+            await asyncio.wait([self._restoring])
+        await asyncio.to_thread(self._background.close)
 
     async def wait(self) -> None:
         """Until the server has stopped."""

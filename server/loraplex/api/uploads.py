@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 
 from loraplex_protos.v1 import adapters_pb2 as pb
 
-from loraplex.adapters.store import validate_adapter_id
+from loraplex.adapters.store import UploadRequest, validate_adapter_id
 from loraplex.api.validation import check_upload_id
 from loraplex.errors import InvalidRequestError, RequestError, not_implemented
 
@@ -17,11 +17,8 @@ END_SECONDS = 1.0
 _SHA256 = re.compile(r"[0-9A-Fa-f]{64}")
 
 
-def check_header(header: pb.UploadHeader) -> None:
-    """What can be judged without the store; that knows sizes and names."""
-    for field in ("resume_offset", "replace", "if_match_etag"):
-        if getattr(header, field):
-            raise not_implemented(f"header.{field}")
+def upload_request(header: pb.UploadHeader) -> UploadRequest:
+    """The header, judged as far as that goes without the store; that knows sizes and names."""
     if header.visibility == pb.ADAPTER_VISIBILITY_SHARED:
         raise not_implemented("header.visibility = SHARED")
     if header.visibility not in pb.AdapterVisibility.values():
@@ -32,16 +29,37 @@ def check_header(header: pb.UploadHeader) -> None:
         raise InvalidRequestError("header.sha256", "must be 64 hexadecimal digits")
     if not header.adapter_config_json:
         raise InvalidRequestError("header.adapter_config_json", "must not be empty")
+    return UploadRequest(
+        adapter_id=header.adapter_id,
+        upload_id=header.upload_id.lower(),
+        total_size=header.total_size,
+        sha256=header.sha256.lower(),
+        config_json=header.adapter_config_json,
+        resume_offset=header.resume_offset,
+        replace=header.replace,
+        if_match_etag=header.if_match_etag,
+    )
 
 
 class UploadMessages:
-    """Reads a call's messages; raises UPLOAD_* where they stall, stop or come out of order."""
+    """Reads a call's messages; raises UPLOAD_* where they stall, stop or come out of order.
+
+    Mutable: `_interruption`, the error that ends the waiting; `_wait`, while it waits.
+    """
 
     def __init__(
         self, requests: AsyncIterator[pb.UploadAdapterRequest], stall_seconds: float
     ) -> None:
         self._requests = requests
         self._stall_seconds = stall_seconds
+        self._interruption: RequestError | None = None
+        self._wait: asyncio.Timeout | None = None
+
+    def interrupt(self, error: RequestError) -> None:
+        """No message is waited for any more: whoever does, or will, gets `error`."""
+        self._interruption = error
+        if self._wait is not None and not self._wait.expired():
+            self._wait.reschedule(asyncio.get_running_loop().time())
 
     async def header(self) -> pb.UploadHeader:
         message = await self._next(self._stall_seconds)
@@ -77,10 +95,16 @@ class UploadMessages:
 
     async def _next(self, seconds: float) -> pb.UploadAdapterRequest | None:
         """The next message, or None at the stream's end."""
+        if self._interruption is not None:
+            raise self._interruption
         try:
-            return await asyncio.wait_for(anext(self._requests, None), seconds)
+            async with asyncio.timeout(seconds) as self._wait:
+                return await anext(self._requests, None)
         except TimeoutError:
-            raise RequestError("UPLOAD_STALLED", f"no message for {seconds:g} seconds") from None
+            stalled = RequestError("UPLOAD_STALLED", f"no message for {seconds:g} seconds")
+            raise self._interruption or stalled from None
+        finally:
+            self._wait = None
 
 
 def _check_chunk(chunk: pb.UploadChunk) -> None:

@@ -15,6 +15,8 @@ from loraplex.api.protocols import ModelInfo
 from loraplex.engine.sequence import SamplingParams
 from loraplex.errors import InvalidRequestError, RequestError, not_implemented
 
+MAX_BLEND = 8
+MAX_BLEND_WEIGHT = 1e6  # far beyond any use; a product with it does not overflow float32
 MAX_STOPS = 16
 MAX_STOP_BYTES = 256
 MAX_LOGPROBS = 20
@@ -48,18 +50,35 @@ def check_generate(request: pb.GenerateRequest, model: ModelInfo) -> None:
     """Everything that can be known before the prompt is tokenised and the adapter looked up."""
     if request.request_id and not is_request_id(request.request_id):
         raise InvalidRequestError("request_id", "must be 1 to 64 of A-Z, a-z, 0-9, '.', '_', '-'")
-    if request.blend and request.adapter_id:
-        raise InvalidRequestError("adapter_id", "cannot be set together with blend")
-    for field in ("blend", "adapter_version", "priority"):
-        if getattr(request, field):
-            raise not_implemented(field)
-    if request.adapter_id:
-        validate_adapter_id(request.adapter_id)
+    if request.priority:
+        raise not_implemented("priority")
+    _check_adapters(request)
     _check_prompt(request, model)
     _check_sampling(request.sampling)
     _check_stop(request.stop, model)
     if request.output.logprobs > MAX_LOGPROBS:
         raise InvalidRequestError("output.logprobs", f"must be at most {MAX_LOGPROBS}")
+
+
+def _check_adapters(request: pb.GenerateRequest) -> None:
+    if request.blend and request.adapter_id:
+        raise InvalidRequestError("adapter_id", "cannot be set together with blend")
+    if request.adapter_version and not request.adapter_id:
+        raise InvalidRequestError("adapter_version", "needs adapter_id")
+    if request.adapter_id:
+        validate_adapter_id(request.adapter_id)
+    if request.blend and not 2 <= len(request.blend) <= MAX_BLEND:
+        raise InvalidRequestError("blend", f"must be 2 to {MAX_BLEND} adapters")
+    names = [member.adapter_id for member in request.blend]
+    for index, member in enumerate(request.blend):
+        field = f"blend[{index}].adapter_id"
+        validate_adapter_id(member.adapter_id, field)
+        if member.adapter_id in names[:index]:
+            raise InvalidRequestError(field, "is in the blend already")
+        if not abs(member.weight) <= MAX_BLEND_WEIGHT:
+            raise InvalidRequestError(
+                f"blend[{index}].weight", f"must be {-MAX_BLEND_WEIGHT:g} to {MAX_BLEND_WEIGHT:g}"
+            )
 
 
 def _check_prompt(request: pb.GenerateRequest, model: ModelInfo) -> None:

@@ -1,27 +1,54 @@
 """One step as tensors: what the decoder reads."""
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from collections.abc import Set
+from dataclasses import dataclass, field
 
 import torch
 from loraplex_kernels.ops import QUERY_TILE, AttentionInput, LoraInput, LoraTiles
 from loraplex_kernels.segments import NO_ADAPTER, Segment, segments_of, tiles_of
 from loraplex_kernels.tables import AdapterTables
+from loraplex_kernels.vocabulary import Vocabulary, VocabularyInput
 from torch import Tensor
 
+from loraplex.adapters.packing import Placed
 from loraplex.engine.scheduler import Scheduled
+from loraplex.engine.sequence import Sequence
 from loraplex.model.decoder import DecoderInput
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceMemory:
-    """The arena's bytes and the tables that say what lies in it."""
+    """The arena's bytes and the tables that say what lies in it.
+
+    Mutable: the contents of both, and `vocabulary`.
+    """
 
     arena: Tensor  # uint8 [num_blocks * block_bytes]
     adapter_dtype: torch.dtype
     tables: AdapterTables
     block_tokens: int
     with_tiles: bool = False  # whether the ops ask for them
+    vocabulary: dict[int, Vocabulary] = field(default_factory=dict)  # of the slots that have one
+
+    def bind(self, slot: int, placed: Placed) -> None:
+        """From the next step on, the slot is what lies there, and nothing else."""
+        self.tables.write(slot, placed.granules, placed.output_scales)
+        self.vocabulary.pop(slot, None)
+        if placed.vocabulary.embedding or placed.vocabulary.head:
+            self.vocabulary[slot] = placed.vocabulary
+
+    @property
+    def eager_slots(self) -> Set[int]:
+        """Those whose rows need work that no CUDA graph holds."""
+        return self.tables.scaled_slots | self.vocabulary.keys()
+
+
+def slot_at(sequence: Sequence, position: int) -> int:
+    """The slot of the row of one token; before its adapter's start (aLoRA) it has none."""
+    if sequence.slot is None or position < sequence.adapter_start:
+        return NO_ADAPTER
+    return sequence.slot
 
 
 def build_input(rows: Seq[Scheduled], memory: DeviceMemory) -> DecoderInput:
@@ -31,16 +58,17 @@ def build_input(rows: Seq[Scheduled], memory: DeviceMemory) -> DecoderInput:
     positions: list[int] = []
     slots: list[int] = []
     last_rows: list[int] = []
+    last_slots: list[int] = []
     starts = [0]
     for row in rows:
         end = row.start + row.num_tokens
         token_ids += row.sequence.token_ids(row.start, end)
         positions += range(row.start, end)
-        slot = row.sequence.slot
-        slots += [NO_ADAPTER if slot is None else slot] * row.num_tokens
+        slots += _slots(row)
         starts.append(starts[-1] + row.num_tokens)
         if row.samples:
             last_rows.append(starts[-1] - 1)
+            last_slots.append(slots[-1])
     return DecoderInput(
         token_ids=torch.tensor(token_ids, device=device),
         positions=torch.tensor(positions, device=device),
@@ -48,6 +76,30 @@ def build_input(rows: Seq[Scheduled], memory: DeviceMemory) -> DecoderInput:
         logits_rows=torch.tensor(last_rows, dtype=torch.int64, device=device),
         attention=_attention(rows, starts, memory),
         lora=_lora(slots, memory),
+        vocabulary=_vocabulary(slots, last_slots, memory),
+    )
+
+
+def _slots(row: Scheduled) -> list[int]:
+    """One entry a token."""
+    first, last = row.start, row.start + row.num_tokens - 1
+    if slot_at(row.sequence, first) == slot_at(row.sequence, last):
+        return [slot_at(row.sequence, first)] * row.num_tokens
+    return [slot_at(row.sequence, position) for position in range(first, last + 1)]
+
+
+def _vocabulary(
+    slots: list[int], last_slots: list[int], memory: DeviceMemory
+) -> VocabularyInput | None:
+    held = memory.vocabulary
+    if not held or held.keys().isdisjoint(slots):
+        return None
+    return VocabularyInput(
+        arena=memory.arena,
+        dtype=memory.adapter_dtype,
+        slots=held,
+        segments=tuple(s for s in segments_of(slots) if s.slot in held),
+        logits_segments=tuple(s for s in segments_of(last_slots) if s.slot in held),
     )
 
 
@@ -98,6 +150,7 @@ def _lora(slots: list[int], memory: DeviceMemory) -> LoraInput:
         dtype=memory.adapter_dtype,
         tables=memory.tables,
         has_adapters=bool(segments),
+        has_output_scales=any(segment.slot in memory.tables.scaled_slots for segment in segments),
         segments=segments,
         segment_table=None if with_tiles else _table(segments, device).view(-1, 3),
         tiles=_tiles(segments, len(slots), device) if with_tiles else None,

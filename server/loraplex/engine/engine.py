@@ -1,10 +1,12 @@
 """The engine: one thread that decides, runs and hands out, a step at a time.
 
     submit, abort      from the event loop, into the inbox
-    _step              schedule -> run -> update, on the engine thread
+    _step              schedule -> run -> update, on the engine thread; schedule again where an
+                       adapter comes in time to join
     _deliver           back on the event loop, into each request's stream
 
-All state of scheduler, arena and pool changes on the engine thread; `_streams` on the event loop.
+All state of scheduler, arena, pool and host tier changes on the engine thread; `_streams` and
+`_asked` on the event loop.
 """
 
 import asyncio
@@ -13,17 +15,17 @@ import threading
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from queue import SimpleQueue
-from typing import Generic, Protocol, TypeVar
+from queue import Empty, SimpleQueue
+from typing import Generic, Protocol
 
-from loraplex.adapters.pool import Load
+from loraplex.adapters.tiers import HostTier, Tier
 from loraplex.engine.arena import Use
 from loraplex.engine.scheduler import Outcome, Sampled, Scheduled, Scheduler, Step
 from loraplex.engine.sequence import Finished, Phase, Sequence, Tokens
 from loraplex.engine.stream import Event, TokenStream
+from loraplex.engine.supply import Device, Loader, LoadObserver, P, P_contra, Supply
 from loraplex.errors import RequestError
 
 log = logging.getLogger(__name__)
@@ -31,31 +33,15 @@ log = logging.getLogger(__name__)
 MAX_FAILED_STEPS = 8
 """So many steps in a row that raise are no longer the requests' fault: the engine ends."""
 
-
-class Packed(Protocol):
-    """An adapter in the arena's form, as far as the engine looks."""
-
-    @property
-    def num_blocks(self) -> int: ...
+PATIENCE = 0.1
+"""Such a part of the last step's time may pass before the next one while adapters come that have
+just been sent for. Most need far less, and what misses a step waits for the whole of it."""
 
 
-P = TypeVar("P", bound=Packed)
-P_contra = TypeVar("P_contra", bound=Packed, contravariant=True)
-
-
-class Runner(Protocol[P_contra]):
+class Runner(Device[P_contra], Protocol[P_contra]):
     """The device."""
 
     def run(self, rows: Seq[Scheduled]) -> list[Sampled]: ...
-    def copy_adapter(self, packed: P_contra, blocks: Seq[int]) -> None: ...
-    def bind_slot(self, slot: int, packed: P_contra, blocks: Seq[int]) -> None: ...
-
-
-class Loader(Protocol[P]):
-    """Brings adapters from disk, and runs copies, off the engine thread."""
-
-    def read(self, digest: str) -> "Future[P]": ...
-    def run(self, work: Callable[[], None]) -> "Future[None]": ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +54,7 @@ class EngineState:
     adapter_blocks: int
     free_blocks: int
     resident_adapters: int
+    host_adapters: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,12 +71,11 @@ class StepRecord:
     num_preempted: int
 
 
-class Observer(Protocol):
+class Observer(LoadObserver, Protocol):
     """Is told of every step, on the engine thread; must be quick."""
 
     def on_step(self, record: StepRecord) -> None: ...
     def on_state(self, state: EngineState) -> None: ...
-    def on_load(self, digest: str, seconds: float, error: RequestError | None) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,14 +86,6 @@ class EngineConfig:
     stream_limit: int = 4096  # tokens a client may leave unread
 
 
-@dataclass(slots=True)
-class _Fetch(Generic[P]):
-    """An adapter between disk and device; `packed` once it was read."""
-
-    started_at: float
-    packed: P | None = None
-
-
 class Engine(Generic[P]):
     """See the module's docstring. Built on the event loop that will use it."""
 
@@ -116,25 +94,30 @@ class Engine(Generic[P]):
         scheduler: Scheduler,
         runner: Runner[P],
         loader: Loader[P],
+        host: HostTier[P],
         observer: Observer,
         config: EngineConfig,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._scheduler = scheduler
         self._runner = runner
-        self._loader = loader
+        self._host = host
         self._observer = observer
         self._config = config
         self._clock = clock
         self._loop = asyncio.get_running_loop()
-        self._streams: dict[str, TokenStream] = {}  # the event loop's
+        self._streams: dict[str, TokenStream] = {}  # the event loop's, as these two
+        self._asked: set[asyncio.Future[None]] = set()
         self._stopped = False
         self.crashed = asyncio.Event()  # set when the thread ended by itself: nothing runs any more
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._live: dict[str, Sequence] = {}  # the engine thread's, as all below
-        self._fetches: dict[str, _Fetch[P]] = {}
+        self._supply = Supply(
+            scheduler, runner, loader, host, observer, clock, self._inbox.put, self._fail_waiting
+        )
         self._num_steps = 0
         self._num_failed = 0  # in a row
+        self._last_run = 0.0  # seconds
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="loraplex-engine", daemon=True)
 
@@ -162,10 +145,31 @@ class Engine(Generic[P]):
         if self._streams.pop(request_id, None) is not None:
             self._inbox.put(partial(self._abort, request_id))
 
-    def residency(self, digest: str) -> bool:
-        """Whether a version lies in device memory. A glimpse: it may change at the next step."""
-        resident = self._scheduler.pool.get(digest)
-        return resident is not None and resident.ready
+    def residency(self, version: str) -> Tier:
+        """The fastest place that holds a version. A glimpse: it may change at the next step."""
+        if self._scheduler.pool.is_ready(version):
+            return Tier.DEVICE
+        return Tier.HOST if version in self._host else Tier.DISK
+
+    async def pin(self, version: str, adapter_id: str) -> None:
+        """Keep a version on the device for this name, bringing it there when there is room.
+
+        Comes back once that is agreed on. Raises PINS_EXCEED_MEMORY, or why it cannot be read.
+        Idempotent.
+        """
+        await self._ask(partial(self._supply.pin, version, adapter_id))
+
+    def unpin(self, version: str, adapter_id: str) -> None:
+        """The name asks no more, and takes a `pin` back that is still under way. Idempotent."""
+        self._inbox.put(partial(self._supply.unpin, version, adapter_id))
+
+    def forget(self, version: str) -> None:
+        """The version's files are gone: its copies in memory go with their last use."""
+        self._inbox.put(partial(self._supply.forget, version))
+
+    async def check_integrity(self) -> None:
+        """AssertionError when the books on memory do not add up."""
+        await self._ask(self._check)
 
     @property
     def num_live(self) -> int:
@@ -182,6 +186,24 @@ class Engine(Generic[P]):
         for stream in self._streams.values():
             stream.push(error)
         self._streams.clear()
+        for asked in self._asked:
+            _settle(asked, error)
+
+    async def _ask(self, work: Callable[[Callable[[Exception | None], None]], None]) -> None:
+        """Have the engine thread do it, and wait for what it answers: nothing, or why not."""
+        if self._stopped:
+            raise RequestError("DRAINING", "the server is shutting down", retry_after=5.0)
+        asked = self._loop.create_future()
+        self._asked.add(asked)
+
+        def answer(error: Exception | None) -> None:
+            self._loop.call_soon_threadsafe(_settle, asked, error)
+
+        self._inbox.put(partial(work, answer))
+        try:
+            await asked
+        finally:
+            self._asked.discard(asked)
 
     def _run(self) -> None:
         busy = False
@@ -205,24 +227,39 @@ class Engine(Generic[P]):
             self._inbox.get()()
 
     def _step(self) -> bool:
-        """Schedule, run, update. False when there was nothing to run."""
+        """Schedule, run, update. False when nothing can change until something arrives."""
         started = self._clock()
-        self._forget_unwanted()
-        sizes = {d: f.packed.num_blocks for d, f in self._fetches.items() if f.packed is not None}
-        step = self._scheduler.schedule(sizes, started)
-        for digest in step.wanted:
-            self._fetch(digest)
-        for load in step.loads:
-            self._copy(load)
-        events: list[tuple[Sequence, Event]] = [self._fail(s, error) for s, error in step.failed]
-        if step.rows:
-            events += self._run_step(step, started)
-        if events:
-            self._loop.call_soon_threadsafe(self._deliver, events)
-        return bool(step.rows)
+        decided = [self._decide(started)]
+        while decided[-1].rows and self._has_arrived(started):
+            decided.append(self._decide(started))
+        if decided[-1].rows:
+            num_preempted = sum(step.num_preempted for step in decided)
+            self._run_step(replace(decided[-1], num_preempted=num_preempted), started)
+        return any(step.rows or step.failed or step.num_preempted for step in decided)
 
-    def _run_step(self, step: Step, started: float) -> list[tuple[Sequence, Event]]:
-        wall = time.time()
+    def _decide(self, started: float) -> Step:
+        """All that a step needs but its forward pass; can be decided again before that."""
+        step = self._scheduler.schedule(self._supply.size_of, started)
+        self._supply.carry_out(step)
+        for bind in step.binds:
+            self._runner.bind_blend(bind.slot, bind.members)
+        self._send([self._fail(sequence, error) for sequence, error in step.failed])
+        return step
+
+    def _has_arrived(self, started: float) -> bool:
+        """Whether anything did, for as long as there is patience with what this step sent for."""
+        left = started + PATIENCE * self._last_run - self._clock()
+        if left <= 0 or not self._supply.has_begun_since(started):
+            return False
+        try:
+            self._inbox.get(timeout=left)()
+        except Empty:
+            return False
+        self._drain_inbox(wait=False)
+        return True
+
+    def _run_step(self, step: Step, started: float) -> None:
+        wall, began = time.time(), self._clock()
         try:
             sampled = self._runner.run(step.rows)
         except Exception:
@@ -231,9 +268,11 @@ class Engine(Generic[P]):
                 raise
             log.exception("a step failed")
             error = RequestError("INTERNAL", "internal error")
-            return [self._fail(row.sequence, error) for row in step.rows]
+            self._send([self._fail(row.sequence, error) for row in step.rows])
+            return
         self._num_failed = 0
         now = self._clock()
+        self._last_run = now - began
         outcomes = self._scheduler.update(step, sampled, now)
         self._num_steps += 1
         self._observer.on_step(
@@ -249,7 +288,7 @@ class Engine(Generic[P]):
             )
         )
         self._observer.on_state(self._state())
-        return [event for outcome in outcomes for event in self._events_of(outcome, now)]
+        self._send([event for outcome in outcomes for event in self._events_of(outcome, now)])
 
     def _events_of(self, outcome: Outcome, now: float) -> list[tuple[Sequence, Event]]:
         sequence = outcome.sequence
@@ -288,57 +327,18 @@ class Engine(Generic[P]):
         for request_id in list(self._live):
             self._abort(request_id)
 
-    def _fetch(self, digest: str) -> None:
-        if digest not in self._fetches:
-            self._fetches[digest] = _Fetch(self._clock())
-            future = self._loader.read(digest)
-            future.add_done_callback(lambda f: self._inbox.put(partial(self._on_read, digest, f)))
-
-    def _forget_unwanted(self) -> None:
-        """Let go of adapters that were read for requests which are gone."""
-        if not self._fetches:
-            return
-        wanted = {sequence.digest for sequence in self._scheduler.waiting}
-        for digest, fetch in list(self._fetches.items()):
-            is_copied = self._scheduler.pool.get(digest) is not None
-            if fetch.packed is not None and digest not in wanted and not is_copied:
-                del self._fetches[digest]
-
-    def _on_read(self, digest: str, future: "Future[P]") -> None:
-        error = future.exception()
-        if error is None:
-            self._fetches[digest].packed = future.result()
-        else:
-            self._load_failed(digest, error)
-
-    def _copy(self, load: Load) -> None:
-        packed = self._fetches[load.digest].packed
-        assert packed is not None, "room was given to an adapter that was not read"
-        future = self._loader.run(partial(self._runner.copy_adapter, packed, load.blocks))
-        done = partial(self._on_copied, load, packed)
-        future.add_done_callback(lambda f: self._inbox.put(partial(done, f)))
-
-    def _on_copied(self, load: Load, packed: P, future: "Future[None]") -> None:
-        error = future.exception()
-        if error is not None:
-            self._scheduler.pool.drop(load.digest)
-            self._load_failed(load.digest, error)
-            return
-        self._runner.bind_slot(load.slot, packed, load.blocks)
-        self._scheduler.pool.loaded(load.digest)
-        fetch = self._fetches.pop(load.digest)
-        self._observer.on_load(load.digest, self._clock() - fetch.started_at, None)
-
-    def _load_failed(self, digest: str, error: BaseException) -> None:
+    def _fail_waiting(self, version: str, error: RequestError) -> None:
         """Every request that waits for this adapter gets the reason."""
-        fetch = self._fetches.pop(digest)
-        if not isinstance(error, RequestError):
-            log.error("loading adapter %s failed", digest[:12], exc_info=error)
-            error = RequestError("INTERNAL", "internal error")
-        self._observer.on_load(digest, self._clock() - fetch.started_at, error)
-        waiting = [s for s in self._scheduler.waiting if s.digest == digest]
-        events = [self._fail(sequence, error) for sequence in waiting]
-        self._loop.call_soon_threadsafe(self._deliver, events)
+        self._send([self._fail(sequence, error) for sequence in self._scheduler.needing(version)])
+
+    def _check(self, answer: Callable[[Exception | None], None]) -> None:
+        try:
+            self._scheduler.check_integrity()
+            self._host.check_integrity()
+        except AssertionError as error:
+            answer(error)
+        else:
+            answer(None)
 
     def _state(self) -> EngineState:
         scheduler = self._scheduler
@@ -349,7 +349,12 @@ class Engine(Generic[P]):
             adapter_blocks=scheduler.arena.count(Use.ADAPTER),
             free_blocks=scheduler.arena.num_free,
             resident_adapters=scheduler.pool.num_ready,
+            host_adapters=len(self._host),
         )
+
+    def _send(self, events: Seq[tuple[Sequence, Event]]) -> None:
+        if events:
+            self._loop.call_soon_threadsafe(self._deliver, events)
 
     def _deliver(self, events: Seq[tuple[Sequence, Event]]) -> None:
         for sequence, event in events:
@@ -359,3 +364,12 @@ class Engine(Generic[P]):
                 stream.push(event)
                 if not isinstance(event, Tokens):
                     self._streams.pop(sequence.request_id, None)
+
+
+def _settle(asked: "asyncio.Future[None]", error: Exception | None) -> None:
+    if asked.done():  # nobody waits any more
+        return
+    if error is None:
+        asked.set_result(None)
+    else:
+        asked.set_exception(error)

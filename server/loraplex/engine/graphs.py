@@ -4,11 +4,13 @@ Such a step is the same launches every time, on other contents. They are capture
 ladder of sizes, and a step replays the smallest graph that holds its rows; the rows left over are
 padding: slot_mapping -1, context 0, in no tile. One graph serves any mix of adapters, none
 included, as grids and scalars come from sizes alone and everything else lies in fixed memory.
+Only an adapter that needs more than granules, as DoRA does its output scale, makes every step that
+has a row of it an eager one: else all steps would pay for launches that few have a use for.
 """
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Protocol
@@ -17,7 +19,6 @@ import torch
 from loraplex_kernels.ops import AttentionInput, LoraInput, LoraTiles
 from loraplex_kernels.segments import (
     LONG_TILE_ROWS,
-    NO_ADAPTER,
     TILE_ROWS,
     Segment,
     Tiles,
@@ -28,7 +29,7 @@ from loraplex_kernels.segments import (
 from torch import Tensor
 
 from loraplex.config import format_size
-from loraplex.engine.batch import DeviceMemory
+from loraplex.engine.batch import DeviceMemory, slot_at
 from loraplex.engine.scheduler import Scheduled
 from loraplex.engine.transfer import CopyStream, CudaCopyStream, Event
 from loraplex.model.decoder import DecoderInput
@@ -165,6 +166,11 @@ class DecodeInputs:
         self._send(self._image.block_tables, self._fields.block_tables)
         self.fill(())
 
+    @property
+    def eager_slots(self) -> Set[int]:
+        """Those whose rows need more than the graphs do."""
+        return self._memory.eager_slots
+
     def first(self, num_rows: int) -> DecoderInput:
         """The same memory as a step of so many rows. What only host code reads is left out."""
         fields, memory = self._fields, self._memory
@@ -187,6 +193,7 @@ class DecodeInputs:
                 dtype=memory.adapter_dtype,
                 tables=memory.tables,
                 has_adapters=True,
+                has_output_scales=False,
                 segments=(),
                 segment_table=None,
                 tiles=LoraTiles(
@@ -209,7 +216,7 @@ class DecodeInputs:
             table[start // size] * size + start % size
             for table, start in zip(tables, starts, strict=True)
         ]
-        slots = [NO_ADAPTER if row.sequence.slot is None else row.sequence.slot for row in rows]
+        slots = [slot_at(row.sequence, row.start) for row in rows]
         tiles = decode_tiles(slots, self.max_rows)
         _write(image.token_ids, tokens, 0)
         _write(image.positions, starts, 0)
@@ -290,9 +297,15 @@ class DecodeGraphs:
         return tuple(self._graphs)
 
     def run(self, rows: Seq[Scheduled]) -> Tensor | None:
-        """Logits fp32 [rows that sample, vocab], good until the next step; None: not captured."""
+        """Logits fp32 [rows that sample, vocab], good until the next step.
+
+        None: not captured, or with a row of an adapter that graphs have no launches for.
+        """
         size = next((size for size in self._graphs if size >= len(rows)), None)
         if size is None or any(row.num_tokens != 1 for row in rows):
+            return None
+        eager = self._inputs.eager_slots
+        if eager and any(row.sequence.slot in eager for row in rows):
             return None
         self._inputs.fill(rows)
         captured = self._graphs[size]

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import torch
 from loraplex_kernels.ops import Ops
 from loraplex_kernels.segments import LONG_TILE_ROWS
-from loraplex_kernels.tables import GRANULE_RANK, AdapterTables
+from loraplex_kernels.tables import GRANULE_RANK, AdapterTables, OutputScale
 from torch import Tensor
 
-from loraplex.adapters.packing import PackedAdapter
+from loraplex.adapters.packing import PackedAdapter, Placed, blended
 from loraplex.engine.batch import DeviceMemory, build_input
 from loraplex.engine.graphs import Capture, DecodeGraphs, capture_on_cuda
 from loraplex.engine.sampler import sample
@@ -60,7 +60,8 @@ class RunnerConfig:
 class ModelRunner:
     """Owns the arena's bytes and the tables; runs on the engine thread but for `copy_adapter`.
 
-    Mutable: the contents of all this memory, and `_graphs`, set once before the first step.
+    Mutable: the contents of all this memory, `_placed`, what each slot was last bound to, and
+    `_graphs`, set once before the first step.
     """
 
     def __init__(self, decoder: Decoder, ops: Ops, config: RunnerConfig) -> None:
@@ -79,6 +80,8 @@ class ModelRunner:
             config.max_slots, model.num_layers, len(MODULES), config.max_rank, config.device
         )
         self._memory = DeviceMemory(arena, dtype, tables, block.tokens, ops.uses_tiles)
+        self._placed: dict[int, Placed] = {}
+        self._num_threads = torch.get_num_threads()
         self._max_rows = config.max_rows
         self._max_running = min(config.max_running, config.max_rows)
         self._graphs: DecodeGraphs | None = None
@@ -89,8 +92,15 @@ class ModelRunner:
     def warm_up(self) -> None:
         """Each kind of step once, before there are requests: what cannot run raises here.
 
-        Slot 0 holds nothing yet, but its kernels are compiled; the blocks are nobody's.
+        Slot 0 holds nothing yet, but its kernels are compiled; the blocks are nobody's. First as
+        a plain adapter's, then as one whose output is scaled (DoRA's).
         """
+        self._trial_steps()
+        self._memory.bind(0, Placed((), (OutputScale(0, 0, offset=-1),)))  # -1: by nothing
+        self._trial_steps()
+        self._memory.bind(0, Placed(()))
+
+    def _trial_steps(self) -> None:
         size = self._memory.block_tokens
         room = min(self._max_rows, len(self._blocks) * size)
         for num_tokens in (1, 2, LONG_TILE_ROWS + 1):
@@ -108,6 +118,9 @@ class ModelRunner:
 
     def run(self, rows: Seq[Scheduled]) -> list[Sampled]:
         """One forward pass over all rows; what was drawn for those that sample, in order."""
+        if torch.get_num_threads() != self._num_threads:
+            # Torch counts by thread, and gives a new one what any thread was last told to use.
+            torch.set_num_threads(self._num_threads)
         with torch.inference_mode():
             logits = None if self._graphs is None else self._graphs.run(rows)
             if logits is None:
@@ -123,4 +136,12 @@ class ModelRunner:
 
     def bind_slot(self, slot: int, packed: PackedAdapter, blocks: Seq[int]) -> None:
         """From the next step on, `slot` is this adapter."""
-        self._memory.tables.write(slot, packed.placed(blocks))
+        self._bind(slot, packed.placed(blocks))
+
+    def bind_blend(self, slot: int, members: Seq[tuple[int, float]]) -> None:
+        """From the next step on, `slot` is the weighted sum of what other slots hold."""
+        self._bind(slot, blended((self._placed[member], weight) for member, weight in members))
+
+    def _bind(self, slot: int, placed: Placed) -> None:
+        self._placed[slot] = placed
+        self._memory.bind(slot, placed)

@@ -2,20 +2,37 @@
 
 A step is a list of `Scheduled` rows. Running sequences come first (one token each when decoding, a
 chunk of the prompt otherwise), then new ones are admitted in order of arrival, all under one budget
-of tokens. A sequence is admitted with blocks for all its tokens so far, and only when its adapter
-is resident; one whose adapter is on its way is passed over, one that waits for memory holds back
-those behind it, so that nobody starves.
+of tokens. A sequence is admitted with blocks for all its tokens so far, and only when its adapters
+are resident. One whose adapter is on its way is passed over; one that waits for memory holds back
+those behind it, so that nobody starves. Memory that is missing comes from:
+
+    idle adapters       the least recently used first, those that somebody waits for last; for one
+                        who waits, none that somebody before it in the queue asks for
+    the newest running  goes back to the head of the queue; only for those that run already
+
+So a sequence can lose its adapter to the running ones before it starts; then nobody overtakes it
+any more. Adapters are read from disk for all who wait, from the moment they arrive (`Step.wanted`),
+and copied ahead for those who wait only for a place among the running.
 """
 
-from collections import deque
-from collections.abc import Mapping
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from itertools import islice
 
-from loraplex.adapters.pool import AdapterPool, Load
+from loraplex.adapters.pool import AdapterPool, Bind, Load, Room
 from loraplex.engine.arena import Arena, Use
 from loraplex.engine.sequence import FinishReason, Logprobs, Phase, Sequence
 from loraplex.errors import RequestError
+
+NO_ROOM = Room(0, 0)
+
+RETRY_SECONDS = 30.0
+"""So long, about, until it is worth trying again what pins leave no room for: people unpin."""
+
+SizeOf = Callable[[str], int | None]
+"""Blocks of a version that lies in host memory, ready to be copied; None: it does not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +67,13 @@ class Step:
     """One decision of the scheduler, and the work it gives others."""
 
     rows: tuple[Scheduled, ...]  # ordered by (decode first, slot)
+    binds: tuple[Bind, ...] = ()  # blends that got a slot; the rows count on it
     loads: tuple[Load, ...] = ()  # adapters that got room and must be copied there
-    wanted: tuple[str, ...] = ()  # adapters that wait to be read from disk
+    wanted: tuple[str, ...] = ()  # adapters to be read from disk, the most wanted first
+    num_urgent: int = 0  # so many of them come first: pinned, or the first in the queue's
     failed: tuple[tuple[Sequence, RequestError], ...] = ()  # could never run
     num_preempted: int = 0
+    num_evicted: int = 0  # adapters that made room
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,16 +90,19 @@ class Outcome:
 class _Draft:
     """A step while it is being decided."""
 
+    size_of: SizeOf
+    now: float
     budget: int
     rows: list[Scheduled] = field(default_factory=list)
+    binds: list[Bind] = field(default_factory=list)
     loads: list[Load] = field(default_factory=list)
-    wanted: list[str] = field(default_factory=list)
     failed: list[tuple[Sequence, RequestError]] = field(default_factory=list)
     num_preempted: int = 0
 
 
 class Scheduler:
-    """Mutable: `waiting` in order of arrival, `running` in order of admission."""
+    """Mutable: `waiting` in order of arrival, `running` in order of admission, and `_demand`, how
+    many of those waiting need each version, the one asked for first before the others."""
 
     def __init__(self, arena: Arena, pool: AdapterPool, config: SchedulerConfig) -> None:
         self.arena = arena
@@ -87,35 +110,72 @@ class Scheduler:
         self.config = config
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
+        self._demand = Counter[str]()
+        pool.awaited = self._demand.keys()
 
     def add(self, sequence: Sequence) -> None:
         self.waiting.append(sequence)
+        self._demand.update(sequence.versions)
+        if sequence.digest is not None and self._has_adapters(sequence):
+            sequence.adapter_ready_at = sequence.submitted_at
+
+    def loaded(self, version: str, now: float) -> None:
+        """An adapter that was on its way is there."""
+        self.pool.loaded(version)
+        for sequence in self.needing(version):
+            if sequence.adapter_ready_at is None and self._has_adapters(sequence):
+                sequence.adapter_ready_at = now
+
+    def needing(self, version: str) -> list[Sequence]:
+        """Who waits for it, or waits and has it already."""
+        if version not in self._demand:
+            return []
+        return [sequence for sequence in self.waiting if version in sequence.versions]
+
+    def is_awaited(self, version: str) -> bool:
+        """Whether a sequence or a pin needs it on the device, where it has no place yet."""
+        if self.pool.get(version) is not None:
+            return False
+        return version in self._demand or version in self.pool.missing_pins
+
+    @property
+    def awaited(self) -> list[str]:
+        """All such versions."""
+        absent = [version for version in self._demand if self.pool.get(version) is None]
+        return list(dict.fromkeys([*self.pool.missing_pins, *absent]))
 
     def abort(self, sequence: Sequence) -> None:
         """Take a sequence out wherever it stands, and everything it held back."""
         if sequence.phase is Phase.WAITING:
-            self.waiting.remove(sequence)
+            self._leave_queue(sequence)
         elif sequence.phase is Phase.RUNNING:
             self.running.remove(sequence)
             self._release(sequence)
         sequence.phase = Phase.FINISHED
 
-    def schedule(self, adapter_blocks: Mapping[str, int], now: float) -> Step:
-        """Decide the next step. `adapter_blocks` tells the size of adapters ready to be copied."""
-        draft = _Draft(self.config.max_step_tokens)
+    def schedule(self, size_of: SizeOf, now: float) -> Step:
+        """Decide the next step."""
+        draft = _Draft(size_of, now, self.config.max_step_tokens)
+        num_evicted = self.pool.num_evicted
         for sequence in sorted(self.running, key=_is_prefilling):
             if sequence.phase is Phase.RUNNING:  # not preempted for one before it
                 self._continue(sequence, draft)
-        if not draft.num_preempted:
-            self._admit(draft, adapter_blocks, now)
+        if not draft.num_preempted and self._load_pinned(draft):
+            self._admit(draft)
+        if self.pool.num_evicted > num_evicted:
+            self._wait_anew()
         rows = [row for row in draft.rows if row.sequence.phase is Phase.RUNNING]
         rows.sort(key=_row_order)
+        urgent, others = self._wanted(size_of)
         return Step(
-            tuple(rows),
-            tuple(draft.loads),
-            tuple(draft.wanted),
-            tuple(draft.failed),
-            draft.num_preempted,
+            rows=tuple(rows),
+            binds=tuple(draft.binds),
+            loads=tuple(draft.loads),
+            wanted=(*urgent, *others),
+            num_urgent=len(urgent),
+            failed=tuple(draft.failed),
+            num_preempted=draft.num_preempted,
+            num_evicted=self.pool.num_evicted - num_evicted,
         )
 
     def update(self, step: Step, sampled: Seq[Sampled], now: float) -> list[Outcome]:
@@ -136,6 +196,21 @@ class Scheduler:
         self.pool.check_integrity()
         held = sum(len(sequence.block_table) for sequence in self.running)
         assert held == self.arena.count(Use.KV), "KV blocks and running sequences disagree"
+        uses = Counter(digest for sequence in self.running for digest in _needs(sequence))
+        assert uses == self.pool.references(), "references and running sequences disagree"
+        wanted = Counter(version for sequence in self.waiting for version in sequence.versions)
+        assert wanted == self._demand, "the demand is miscounted"
+        for sequence in self.waiting:
+            assert sequence.phase is Phase.WAITING, "one that does not wait is in the queue"
+            assert not sequence.block_table, "one that waits holds blocks"
+            assert sequence.slot is None, "one that waits holds a slot"
+
+    def __repr__(self) -> str:
+        running = ", ".join(f"{s.request_id}:{s.num_computed}" for s in self.running)
+        waiting = ", ".join(s.request_id for s in self.waiting)
+        return f"Scheduler(running [{running}], waiting [{waiting}], {self.arena!r}, {self.pool!r})"
+
+    # Those that run.
 
     def _continue(self, sequence: Sequence, draft: _Draft) -> None:
         num_tokens = min(sequence.num_tokens - sequence.num_computed, draft.budget)
@@ -158,12 +233,11 @@ class Scheduler:
         """
         missing = self.blocks_for(num_tokens) - len(sequence.block_table)
         while missing > 0:
-            blocks = self.arena.allocate(missing, Use.KV)
-            if blocks is not None:
-                sequence.block_table += blocks
+            evicted = self.pool.make_room(missing)
+            if evicted is not None:
+                self._hold_the_line(evicted)
+                sequence.block_table += self._allocate(missing)
                 break
-            if self.pool.evict_idle():
-                continue
             newest = self.running[-1]
             if len(self.running) == 1 and not self.pool.is_loading:
                 draft.failed.append((sequence, _out_of_memory()))
@@ -175,77 +249,148 @@ class Scheduler:
                 return False
         return True
 
+    def _hold_the_line(self, evicted: Iterable[str]) -> None:
+        for version in evicted:
+            for sequence in self.needing(version):
+                sequence.is_overtakable = False
+
     def _preempt(self, sequence: Sequence) -> None:
         """Back to the head of the queue; its KV is computed anew when there is room."""
         self.running.remove(sequence)
         self._release(sequence)
         sequence.phase = Phase.WAITING
         self.waiting.appendleft(sequence)
+        self._demand.update(sequence.versions)
 
-    def _admit(self, draft: _Draft, adapter_blocks: Mapping[str, int], now: float) -> None:
-        for sequence in list(self.waiting):
+    # Those that wait.
+
+    def _load_pinned(self, draft: _Draft) -> bool:
+        """Room for pinned adapters that are in host memory; False if one has to wait for it."""
+        return all(
+            self._load({version: num_blocks}, (), NO_ROOM, draft)
+            for version in self.pool.missing_pins
+            if (num_blocks := draft.size_of(version)) is not None
+        )
+
+    def _admit(self, draft: _Draft) -> None:
+        keep: set[str] = set()  # what those so far in the queue need
+        claimed = NO_ROOM  # and what those of them who wait for adapters will take besides
+        for sequence in tuple(self.waiting):
             if draft.budget == 0 or len(self.running) >= self.config.max_running:
+                self._load_ahead(draft)
                 return
-            if self._never_fits(sequence, adapter_blocks):
-                draft.failed.append((sequence, _exceeds_capacity()))
+            if (error := self._refusal(sequence, draft.size_of)) is not None:
+                draft.failed.append((sequence, error))
                 self.abort(sequence)
                 continue
-            if sequence.digest is not None and not self._is_ready(sequence.digest):
-                if self._wait_for_adapter(sequence.digest, adapter_blocks, draft):
-                    continue
+            keep.update(_needs(sequence))
+            if self._has_adapters(sequence):
+                if not self._start(sequence, keep, draft):
+                    return
+                self._schedule(sequence, min(sequence.num_tokens, draft.budget), draft)
+                continue
+            if not self._bring(sequence, keep, claimed, draft) or not sequence.is_overtakable:
                 return
-            if not self._start(sequence, now):
+            claimed = self._claim(sequence, claimed)
+
+    def _load_ahead(self, draft: _Draft) -> None:
+        """Adapters of those who only wait for a place; nothing goes for it that anybody wants."""
+        claimed = NO_ROOM
+        for sequence in islice(self.waiting, self.config.max_running):
+            if not self._bring(sequence, self._demand.keys(), claimed, draft):
                 return
-            num_tokens = min(sequence.num_tokens, draft.budget)
-            self._schedule(sequence, num_tokens, draft)
+            claimed = self._claim(sequence, claimed)
 
-    def _is_ready(self, digest: str) -> bool:
-        resident = self.pool.get(digest)
-        return resident is not None and resident.ready
+    def _claim(self, sequence: Sequence, claimed: Room) -> Room:
+        """And what this one needs beside its adapters."""
+        num_blocks = self.blocks_for(sequence.num_tokens)
+        return Room(claimed.blocks + num_blocks, claimed.slots + bool(sequence.blend))
 
-    def _wait_for_adapter(
-        self, digest: str, adapter_blocks: Mapping[str, int], draft: _Draft
+    def _bring(
+        self, sequence: Sequence, keep: Collection[str], claimed: Room, draft: _Draft
     ) -> bool:
-        """True: it is on its way, others may overtake. False: it waits for room."""
-        if self.pool.get(digest) is not None:
+        """Room for those of its adapters that can be copied; False if there is none for them."""
+        absent = {v: draft.size_of(v) for v in sequence.versions if self.pool.get(v) is None}
+        sizes = {version: size for version, size in absent.items() if size is not None}
+        return self._load(sizes, keep, claimed, draft)
+
+    def _load(
+        self, sizes: Mapping[str, int], keep: Collection[str], claimed: Room, draft: _Draft
+    ) -> bool:
+        """All of them or none; and only beside what others claim, and a block for each running one.
+
+        Else memory would fill with adapters that must go again before they are of use, or that
+        drive out what runs.
+        """
+        if not sizes:
             return True
-        num_blocks = adapter_blocks.get(digest)
-        if num_blocks is None:
-            if digest not in draft.wanted:
-                draft.wanted.append(digest)
-            return True
-        load = self.pool.reserve(digest, num_blocks)
-        if load is None:
+        room = self.pool.room(keep)
+        blocks = len(self.running) + claimed.blocks + sum(sizes.values())
+        if blocks > room.blocks or claimed.slots + len(sizes) > room.slots:
             return False
-        draft.loads.append(load)
+        for version, num_blocks in sizes.items():
+            load = self.pool.reserve(version, num_blocks, keep)
+            assert load is not None, "room was counted that is not there"
+            draft.loads.append(load)
         return True
 
-    def _start(self, sequence: Sequence, now: float) -> bool:
+    def _has_adapters(self, sequence: Sequence) -> bool:
+        return all(self.pool.is_ready(version) for version in sequence.versions)
+
+    def _start(self, sequence: Sequence, keep: set[str], draft: _Draft) -> bool:
         """Give a waiting sequence its blocks and adapter; False if there is no room."""
-        if sequence.digest is not None:
-            sequence.slot = self.pool.acquire(sequence.digest)
-            if sequence.adapter_ready_at is None:
-                sequence.adapter_ready_at = now
-        needed = self.blocks_for(sequence.num_tokens)
-        while (blocks := self.arena.allocate(needed, Use.KV)) is None:
-            if not self.pool.evict_idle():
-                self._release(sequence)
-                return False
-        sequence.block_table = blocks
-        self.waiting.remove(sequence)
-        self.running.append(sequence)
+        digest, num_blocks = sequence.digest, self.blocks_for(sequence.num_tokens)
+        is_unbound = digest is not None and self.pool.get(digest) is None
+        if self.pool.make_room(num_blocks, int(is_unbound), keep) is None:
+            return False
+        if digest is not None and is_unbound:
+            bind = self.pool.bind(digest, sequence.blend, keep)
+            assert bind is not None, "room was made that is not there"
+            draft.binds.append(bind)
+        self._leave_queue(sequence)
+        if digest is not None:
+            sequence.slot = self.pool.acquire(digest)
+        sequence.block_table = self._allocate(num_blocks)
         sequence.phase = Phase.RUNNING
+        self.running.append(sequence)
         if sequence.admitted_at is None:
-            sequence.admitted_at = now
+            sequence.admitted_at = draft.now
         return True
 
-    def _never_fits(self, sequence: Sequence, adapter_blocks: Mapping[str, int]) -> bool:
+    def _wanted(self, size_of: SizeOf) -> tuple[list[str], list[str]]:
+        """What must be read: for pins and the first in the queue; for others, most wanted first."""
+        missing = [v for v in self._demand if self.pool.get(v) is None and size_of(v) is None]
+        missing.sort(key=lambda version: -self._demand[version])
+        urgent = [version for version in self.pool.missing_pins if size_of(version) is None]
+        if missing:
+            urgent += [v for v in self.waiting[0].versions if v in missing and v not in urgent]
+        return urgent, [version for version in missing if version not in urgent]
+
+    def _wait_anew(self) -> None:
+        """Those who have not begun, and lost an adapter that had come for them."""
+        for sequence in self.waiting:
+            if sequence.admitted_at is None and not self._has_adapters(sequence):
+                sequence.adapter_ready_at = None
+
+    def _refusal(self, sequence: Sequence, size_of: SizeOf) -> RequestError | None:
+        """Why it never fits beside what is pinned, as far as its adapters' sizes are known."""
+        pool, versions = self.pool, sequence.versions
         blocks = self.blocks_for(sequence.num_tokens)
-        if sequence.digest is not None:
-            resident = self.pool.get(sequence.digest)
-            size = len(resident.blocks) if resident else adapter_blocks.get(sequence.digest, 0)
-            blocks += size
-        return blocks > self.arena.num_blocks
+        blocks += sum(pool.num_blocks_of(v) or size_of(v) or 0 for v in versions)
+        slots = len(versions) + bool(sequence.blend)
+        pinned = pool.pinned_room(but=versions)
+        num_blocks, num_slots = self.arena.num_blocks, pool.num_slots
+        if blocks > num_blocks or slots > num_slots:
+            if sequence.output_token_ids:
+                return _out_of_memory()
+            return _exceeds_slots(slots, num_slots) if slots > num_slots else _exceeds_memory()
+        if slots + pinned.slots > num_slots:
+            return _pinned_away("too few slots (--max-slots)")
+        if blocks + pinned.blocks > num_blocks:
+            return _pinned_away("too little memory (--memory)")
+        return None
+
+    # Small change.
 
     def _take(self, sequence: Sequence, drawn: Sampled, now: float) -> Outcome:
         if drawn.token_id is None:
@@ -263,6 +408,18 @@ class Scheduler:
             self.abort(sequence)
         return Outcome(sequence, drawn.token_id, drawn.logprobs, finish)
 
+    def _allocate(self, num_blocks: int) -> list[int]:
+        blocks = self.arena.allocate(num_blocks, Use.KV)
+        assert blocks is not None, "room was made that is not there"
+        return blocks
+
+    def _leave_queue(self, sequence: Sequence) -> None:
+        self.waiting.remove(sequence)
+        self._demand.subtract(sequence.versions)
+        for version in sequence.versions:
+            if not self._demand[version]:
+                del self._demand[version]
+
     def _release(self, sequence: Sequence) -> None:
         self.arena.free(sequence.block_table)
         sequence.block_table = []
@@ -271,6 +428,11 @@ class Scheduler:
             assert sequence.digest is not None
             self.pool.release(sequence.digest)
             sequence.slot = None
+
+
+def _needs(sequence: Sequence) -> set[str]:
+    """What it holds on the device while it runs: its adapters, and its blend."""
+    return set(sequence.versions) | ({sequence.digest} if sequence.digest is not None else set())
 
 
 def _is_prefilling(sequence: Sequence) -> bool:
@@ -288,8 +450,23 @@ def _out_of_memory() -> RequestError:
     )
 
 
-def _exceeds_capacity() -> RequestError:
+def _pinned_away(left: str) -> RequestError:
+    return RequestError(
+        "OUT_OF_MEMORY",
+        f"the pinned adapters leave {left} for this request and its adapters",
+        retry_after=RETRY_SECONDS,
+    )
+
+
+def _exceeds_memory() -> RequestError:
     return RequestError(
         "EXCEEDS_KV_CAPACITY",
-        "the prompt and its adapter are larger than the memory for KV and adapters",
+        "the prompt and its adapters are larger than the memory for KV and adapters",
+    )
+
+
+def _exceeds_slots(needed: int, num_slots: int) -> RequestError:
+    return RequestError(
+        "EXCEEDS_KV_CAPACITY",
+        f"the blend takes {needed} slots, one of them its own; there are {num_slots} (--max-slots)",
     )

@@ -3,6 +3,7 @@
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import NamedTuple
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +90,13 @@ class Finished:
     timings: Timings
 
 
+class BlendPart(NamedTuple):
+    """A member of a weighted blend: `weight` times the update of adapter version `digest`."""
+
+    digest: str
+    weight: float
+
+
 @dataclass(slots=True, eq=False)
 class Sequence:
     """One request. The first block is set at submit and never changes; the engine owns the rest."""
@@ -97,19 +105,29 @@ class Sequence:
     prompt_token_ids: Seq[int]
     sampling: SamplingParams
     stop: StopParams
-    digest: str | None = None  # the adapter's version; None is the bare base
+    digest: str | None = None  # the adapter's version, or its blend's identity; None: bare base
     adapter_id: str = ""  # the name it was asked for by, for messages only
+    blend: tuple[BlendPart, ...] = ()  # the members, when `digest` is a blend's
+    adapter_start: int = 0  # position of the first token that the adapter acts on (aLoRA)
 
     phase: Phase = Phase.WAITING
     output_token_ids: list[int] = field(default_factory=list)
     num_computed: int = 0  # tokens whose KV is in the arena
     block_table: list[int] = field(default_factory=list)
     slot: int | None = None  # the adapter's row in the device tables, while it is held
+    is_overtakable: bool = True  # False: its adapter was taken away again while it waited
 
     submitted_at: float = 0.0  # seconds, the engine's clock
     adapter_ready_at: float | None = None
     admitted_at: float | None = None
     first_token_at: float | None = None
+
+    @property
+    def versions(self) -> tuple[str, ...]:
+        """The adapter versions whose weights it needs on the device."""
+        if self.blend:
+            return tuple(part.digest for part in self.blend)
+        return () if self.digest is None else (self.digest,)
 
     @property
     def num_tokens(self) -> int:

@@ -1,12 +1,14 @@
 """From host memory to the device, beside the steps that run there.
 
-On CUDA an adapter's blocks pass through a few pinned ones and go over on a stream of their own.
+On CUDA an adapter's blocks go over on a stream of their own: straight from where they lie if that
+is pinned, as it is within the host tier's budget, else through a few pinned ones.
 Three orders hold, and nothing else keeps copies and steps apart:
 
     refill  a pinned block is written again only after its last copy has left it
     begin   a copy begins after all steps that were queued before it: they may still use what its
             destination held (a step that only prefills, or that failed, ends without waiting)
-    end     `copy` comes back, or raises, only after all it queued has landed
+    end     `copy` comes back, or raises, only after all it queued has landed; its caller keeps the
+            sources as they are until then
 
 At the end the loader's thread waits and not the compute stream: an adapter is bound once its copy
 came back, so that no step can read it sooner, and no step ever stands behind a copy.
@@ -36,6 +38,9 @@ class CopyStream(Protocol):
 
     def pinned(self, num_bytes: int) -> Tensor:
         """uint8 [num_bytes] in host memory that `copy` can read from."""
+
+    def is_pinned(self, source: Tensor) -> bool:
+        """Whether `copy` can read from it as it lies."""
 
     def after_steps(self) -> None:
         """What is queued next begins after all that the compute stream holds by now."""
@@ -100,6 +105,12 @@ class BlockCopier:
             self._stream.record().synchronize()
 
     def _send(self, source: Tensor, destination: Tensor) -> None:
+        if self._stream.is_pinned(source):
+            self._stream.copy(destination, source)
+        else:
+            self._stage(source, destination)
+
+    def _stage(self, source: Tensor, destination: Tensor) -> None:
         staging = self._staging.get()
         try:
             if staging.left is not None:
@@ -120,6 +131,9 @@ class CudaCopyStream:
 
     def pinned(self, num_bytes: int) -> Tensor:
         return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+
+    def is_pinned(self, source: Tensor) -> bool:
+        return source.is_pinned()
 
     def after_steps(self) -> None:
         self._stream.wait_stream(self._compute)

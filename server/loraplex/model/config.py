@@ -11,6 +11,9 @@ from loraplex.errors import ModelError
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The linears of a decoder layer, in the order of the adapter tables' module axis."""
 
+EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+"""The modules along the vocabulary, by the names that a checkpoint or an adapter gives them."""
+
 ARCHITECTURES = ("LlamaForCausalLM",)
 
 
@@ -20,6 +23,16 @@ class LinearShape(NamedTuple):
     name: str  # "model.layers.0.self_attn.q_proj"
     layer: int
     module: str  # one of MODULES
+    out_features: int
+    in_features: int
+
+
+class ModuleShape(NamedTuple):
+    """What an adapter may adapt: a linear, or one of the modules along the vocabulary."""
+
+    name: str
+    layer: int | None  # None along the vocabulary
+    module: str  # the name's last part
     out_features: int
     in_features: int
 
@@ -84,6 +97,13 @@ class ModelConfig:
             ):
                 name = f"{linear_prefix(layer, module)}.{module}"
                 yield LinearShape(name, layer, module, out_features, in_features)
+
+    def adaptable(self) -> Iterator[ModuleShape]:
+        """The linears, then embed_tokens, whose inputs are the vocabulary, and lm_head."""
+        hidden, vocab = self.hidden_size, self.vocab_size
+        yield from (ModuleShape(*shape) for shape in self.linears())
+        yield ModuleShape(EMBEDDING, None, "embed_tokens", hidden, vocab)
+        yield ModuleShape(HEAD, None, HEAD, vocab, hidden)
 
 
 def linear_prefix(layer: int, module: str) -> str:

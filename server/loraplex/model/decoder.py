@@ -4,9 +4,10 @@ from dataclasses import dataclass
 
 import torch
 from loraplex_kernels.ops import AttentionInput, LoraInput, Ops
+from loraplex_kernels.vocabulary import VocabularyInput, add_to_embedding_, add_to_logits_
 from torch import Tensor
 
-from loraplex.model.config import ModelConfig
+from loraplex.model.config import EMBEDDING, HEAD, MODULES, ModelConfig
 from loraplex.model.linear import Linear
 from loraplex.model.rotary import rotary_tables
 
@@ -33,6 +34,7 @@ class DecoderInput:
     logits_rows: Tensor  # int64 [rows whose logits are wanted]
     attention: AttentionInput
     lora: LoraInput
+    vocabulary: VocabularyInput | None = None  # None: no row's adapter reaches into it
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,11 +160,29 @@ class Decoder:
         torch.index_select(work.delta, 0, rows, out=work.last_delta)
         ops.add_rms_norm(work.last_residual, work.last_delta, self._norm, eps, work.last_normed)
         torch.mm(work.last_normed, self._head.T, out=work.scores)
-        return work.logits.copy_(work.scores)
+        work.logits.copy_(work.scores)
+        if batch.vocabulary is not None:
+            add_to_logits_(work.logits, work.last_normed, batch.vocabulary)
+        return work.logits
 
     def _embed(self, batch: DecoderInput, work: Activations) -> Tensor:
         """The residual stream's start, and the rows' cosines and sines beside it."""
         torch.index_select(self._embedding, 0, batch.token_ids, out=work.embedded)
         torch.index_select(self._cos, 0, batch.positions, out=work.cos)
         torch.index_select(self._sin, 0, batch.positions, out=work.sin)
-        return work.residual.copy_(work.embedded)
+        work.residual.copy_(work.embedded)
+        if batch.vocabulary is not None:
+            add_to_embedding_(work.residual, batch.token_ids, batch.vocabulary)
+        return work.residual
+
+    def base_weight(self, name: str) -> Tensor:
+        """The served values of one module of the base, `[out, in]`, by its checkpoint name."""
+        if name in (EMBEDDING, HEAD):
+            return self._embedding if name == EMBEDDING else self._head
+        shape = next(shape for shape in self.config.linears() if shape.name == name)
+        layer, module = self._layers[shape.layer], MODULES.index(shape.module)
+        return next(
+            weight
+            for linear in (layer.qkv, layer.o, layer.gate_up, layer.down)
+            for weight in linear.weights_of(module)
+        )

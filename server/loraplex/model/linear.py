@@ -1,9 +1,10 @@
 """One (stacked) linear of the decoder: NF4 base, then the rows' own LoRA updates, then the bias."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 
-from loraplex_kernels.nf4 import BaseWeight
+from loraplex_kernels.nf4 import BLOCK_SIZE, BaseWeight, NF4Weight
 from loraplex_kernels.ops import LoraInput, Ops, Projection
 from torch import Tensor
 
@@ -17,7 +18,10 @@ class WeightForm(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """`y = W x + sum of the row's adapter's s B A x + b` for each of the stacked projections."""
+    """`y = c * (W x + s B A x) + b` for each of the stacked projections.
+
+    s B A is the row's adapter's update, c its output scale: 1 but for DoRA.
+    """
 
     weight: BaseWeight
     bias: Tensor | None  # [out], in the activations' dtype
@@ -25,6 +29,21 @@ class Linear:
 
     def __call__(self, x: Tensor, ops: Ops, lora: LoraInput, layer: int, out: Tensor) -> Tensor:
         ops.linear(x, self.weight, lora, layer, self.projections, out)
+        if lora.has_output_scales:
+            ops.scale_output_(out, lora, layer, self.projections)
         if self.bias is not None:
             out += self.bias
         return out
+
+    def weights_of(self, module: int) -> Iterator[Tensor]:
+        """The dequantised `[out, in]` of one of the stacked modules; nothing if it is not here."""
+        for _, column, width in (p for p in self.projections if p.module == module):
+            if self.weight.dense is not None:
+                yield self.weight.dense[column : column + width]
+            else:
+                yield _rows(self.weight.nf4, column, column + width).dequantize()
+
+
+def _rows(weight: NF4Weight, lo: int, hi: int) -> NF4Weight:
+    blocks = weight.in_features // BLOCK_SIZE  # of one row
+    return NF4Weight(weight.codes[lo:hi], weight.absmax[lo * blocks : hi * blocks], weight.code)

@@ -15,6 +15,7 @@ from loraplex.model.checkpoint import Checkpoint
 from loraplex.model.config import MODULES, ModelConfig, linear_prefix, read_json
 from loraplex.model.decoder import Decoder, DecoderLayer
 from loraplex.model.linear import Linear, WeightForm
+from loraplex.model.nf4_cache import NF4Cache
 
 Progress = Callable[[int, int], None]
 """Called with (layers done, layers in all)."""
@@ -27,6 +28,7 @@ class LoadOptions:
     device: torch.device
     dtype: torch.dtype
     form: WeightForm
+    cache: NF4Cache | None = None  # of codes that were made on this kind of device
 
 
 def is_quantized(folder: Path) -> bool:
@@ -93,19 +95,30 @@ class _Reader:
         return weight.to(torch.bfloat16).to(self._options.device, torch.float32)
 
     def linear(self, layer: int, modules: tuple[str, ...], has_bias: bool) -> Linear:
-        weights, projections, biases = [], [], []
+        projections, biases = [], []
         column = 0
         for module in modules:
             index = MODULES.index(module)
             shape = self._config.module_shapes[index]
             name = f"{linear_prefix(layer, module)}.{module}"
-            weights.append(self._weight(name, shape))
             projections.append(Projection(index, column, shape[0]))
             column += shape[0]
             if has_bias:
                 biases.append(self.dense(f"{name}.bias", (shape[0],)))
         bias = torch.cat(biases) if has_bias else None
-        return Linear(self._placed(nf4.stack(weights)), bias, tuple(projections))
+        weight = self._placed(self._stacked(layer, modules))
+        return Linear(weight, bias, tuple(projections))
+
+    def _stacked(self, layer: int, modules: tuple[str, ...]) -> NF4Weight:
+        def make() -> NF4Weight:
+            shapes = [self._config.module_shapes[MODULES.index(module)] for module in modules]
+            names = [f"{linear_prefix(layer, module)}.{module}" for module in modules]
+            return nf4.stack([self._weight(*each) for each in zip(names, shapes, strict=True)])
+
+        cache = self._options.cache
+        if cache is None or self._is_quantized:
+            return make()
+        return cache.weight(f"{layer}.{'+'.join(modules)}", make)
 
     def _placed(self, weight: NF4Weight) -> BaseWeight:
         placed = weight.to(self._options.device)

@@ -1,11 +1,14 @@
 """NF4 weights made: from full precision, from a checkpoint in bitsandbytes' format, by stacking."""
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
-from loraplex_kernels.bitsandbytes import functional as bnb
 from loraplex_kernels.nf4 import BLOCK_SIZE, NF4Weight
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from bitsandbytes.functional import QuantState
 
 SETTINGS = {"quant_type": "nf4", "blocksize": BLOCK_SIZE, "compress_statistics": False}
 QUANT_STATE_KEY = "quant_state.bitsandbytes__nf4"
@@ -13,6 +16,8 @@ QUANT_STATE_KEY = "quant_state.bitsandbytes__nf4"
 
 def quantize(weight: Tensor) -> NF4Weight:
     """Round a `[out, in]` matrix to bf16 and then to NF4."""
+    from loraplex_kernels.bitsandbytes import functional as bnb
+
     codes, state = bnb.quantize_4bit(weight.to(torch.bfloat16).contiguous(), **SETTINGS)
     return NF4Weight(codes.view(weight.shape[0], -1), state.absmax, state.code)
 
@@ -23,6 +28,8 @@ def from_checkpoint(tensors: Mapping[str, Tensor]) -> NF4Weight:
     `tensors` maps "weight", "absmax", "quant_map", ... (prefix removed) to what the file holds.
     Raises ValueError for another format, or a part of the wrong length: bitsandbytes reads past it.
     """
+    from loraplex_kernels.bitsandbytes import functional as bnb
+
     parts = {name: tensor for name, tensor in tensors.items() if name != "weight"}
     state = bnb.QuantState.from_dict(parts, device=torch.device("cpu"))
     if state.quant_type != "nf4" or state.blocksize != BLOCK_SIZE:
@@ -37,7 +44,7 @@ def from_checkpoint(tensors: Mapping[str, Tensor]) -> NF4Weight:
     return NF4Weight(codes.view(state.shape[0], -1), absmax.float(), state.code)
 
 
-def _check_lengths(codes: Tensor, state: "bnb.QuantState") -> None:
+def _check_lengths(codes: Tensor, state: "QuantState") -> None:
     out_features, in_features = state.shape
     num_blocks = out_features * in_features // BLOCK_SIZE
     parts = [

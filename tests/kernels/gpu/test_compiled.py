@@ -21,6 +21,7 @@ FUNCTIONS = {
     "nf4.merge",
     "norm.add_rms_norm",
     "rotary.rotary_and_cache",
+    "scale.scale_output",
     "silu.silu_mul",
 }
 """Every kernel that a launcher launches."""

@@ -9,14 +9,15 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loraplex.adapters.peft import (
+from loraplex.adapters.peft import version_of
+from loraplex.adapters.peft_config import (
     COMPUTED_KEYS,
     INERT_KEYS,
+    MAX_INVOCATION_TOKENS,
     REFUSED_KEYS,
     AdapterConfig,
     matches,
     read_config,
-    version_of,
 )
 from loraplex.errors import AdapterInvalidError
 from peft import LoraConfig
@@ -167,6 +168,14 @@ def test_inits_that_change_the_base_are_refused(init: object) -> None:
         ("lora_alpha", 1e39),
         ("use_rslora", 1),
         ("use_rslora", "yes"),
+        ("use_dora", 1),
+        ("alora_invocation_tokens", []),
+        ("alora_invocation_tokens", 7),
+        ("alora_invocation_tokens", "<answer>"),
+        ("alora_invocation_tokens", [1, True]),
+        ("alora_invocation_tokens", [1, 2.0]),
+        ("alora_invocation_tokens", [-1]),
+        ("alora_invocation_tokens", [1] * (MAX_INVOCATION_TOKENS + 1)),
         ("rank_pattern", []),
         ("rank_pattern", {"q_proj": MAX_RANK + 1}),
         ("rank_pattern", {"q_proj": 0}),
@@ -175,6 +184,7 @@ def test_inits_that_change_the_base_are_refused(init: object) -> None:
         ("target_modules", ["q_proj", 1]),
         ("target_modules", {"q_proj": 1}),
         ("exclude_modules", [None]),
+        ("exclude_modules", ".*q_proj"),  # evaluated by PEFT alone
         ("layers_pattern", 3),
         ("layers_to_transform", "0"),
         ("layers_to_transform", [0, True]),
@@ -185,6 +195,19 @@ def test_a_value_of_the_wrong_kind_is_refused_by_name(key: str, value: object) -
     error = refusal(json.dumps(MINIMAL | {key: value}))
     assert error.field is not None
     assert error.field.startswith(key)
+
+
+@pytest.mark.parametrize("pattern", [None, "", [], "layers", ["layers"], ["h", "layers"]])
+def test_a_layers_pattern_that_finds_the_layers(pattern: object) -> None:
+    fields = {"layers_to_transform": [0], "layers_pattern": pattern}
+    assert read(target_modules=["q_proj"], **fields).layers == frozenset({0})
+
+
+@pytest.mark.parametrize("pattern", ["h", ["h"], ["blocks", "h"], ["(", "layers"], ".*"])
+def test_one_that_finds_none_is_refused_where_layers_are_named(pattern: object) -> None:
+    fields = {"layers_to_transform": [0], "layers_pattern": pattern}
+    assert refusal(json.dumps(MINIMAL | fields)).field == "layers_pattern"
+    read(layers_to_transform=[], layers_pattern=pattern)
 
 
 @pytest.mark.parametrize(
@@ -311,8 +334,23 @@ def test_the_version_is_of_what_the_result_depends_on() -> None:
         version(rank_pattern={"q_proj": 2, "k_proj": 4}),
         version(rank_pattern={"k_proj": 4, "q_proj": 2}),
         version(alpha_pattern={"q_proj": 2}),
+        version(use_dora=True),
+        version(alora_invocation_tokens=[1, 2]),
+        version(alora_invocation_tokens=[2, 1]),
     ]
     assert len({plain, *others}) == len(others) + 1
+
+
+def test_the_version_of_a_plain_adapter_is_what_it_always_was() -> None:
+    """It is in stores and in clients' hands."""
+    unset = read(use_dora=False, alora_invocation_tokens=None, fan_in_fan_out=True)
+    for config in (read(), unset):
+        assert version_of("00", config, "base").startswith("0c6072ad391cdce7")
+
+
+def test_an_activated_adapter_with_dora_is_refused() -> None:
+    fields = {"use_dora": True, "alora_invocation_tokens": [1]}
+    assert refusal(json.dumps(MINIMAL | fields)).field == "alora_invocation_tokens"
 
 
 def test_the_base_models_name_is_kept_but_changes_nothing() -> None:

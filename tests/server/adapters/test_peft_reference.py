@@ -14,7 +14,10 @@ from peft.tuners.lora import LoraLayer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 # Between PEFT and transformers, on every wrapped model.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning"),
+]
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MLP = ["gate_proj", "up_proj", "down_proj"]
@@ -46,13 +49,13 @@ def linears_of(model: Any) -> dict[str, BaseLinear]:
     return {
         name: BaseLinear(
             name=name,
-            layer=int(name.split(".")[2]),
+            layer=int(name.split(".")[2]) if "layers" in name else None,
             module=name.rpartition(".")[2],
-            out_features=module.out_features,
-            in_features=module.in_features,
+            out_features=getattr(module, "out_features", module.weight.shape[1]),
+            in_features=getattr(module, "in_features", module.weight.shape[0]),
         )
         for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and name != "lm_head"
+        if isinstance(module, torch.nn.Linear | torch.nn.Embedding)
     }
 
 
@@ -134,6 +137,14 @@ CASES: dict[str, dict[str, Any]] = {
     "orthogonal": {"init_lora_weights": "orthogonal", "target_modules": ["q_proj"]},
     "mica": {"init_lora_weights": "mica", "target_modules": ["q_proj"]},
     "tied": {"ensure_weight_tying": True, "target_modules": ["q_proj"]},
+    "DoRA": {"use_dora": True, "target_modules": ["q_proj", "up_proj"], "r": 4},
+    "activated": {"alora_invocation_tokens": [5, 6], "target_modules": ["q_proj", "lm_head"]},
+    "embeddings and head": {
+        "r": 4,
+        "target_modules": ["embed_tokens", "lm_head", "v_proj"],
+        "rank_pattern": {"lm_head": 9},
+        "alpha_pattern": {"embed_tokens": 3},
+    },
 }
 
 
@@ -149,10 +160,34 @@ def test_modules_ranks_scales_and_bytes_are_pefts(tmp_path: Path, case: str) -> 
         layer = layers[module.base.name]
         assert module.rank == layer.r["default"]
         assert module.scale == layer.scaling["default"]
-        assert torch.equal(matrix_of(data, module.a), layer.lora_A["default"].weight.float())
-        assert torch.equal(matrix_of(data, module.b), layer.lora_B["default"].weight.float())
+        a, b = (weight_of(layer, side) for side in "AB")
+        assert torch.equal(matrix_of(data, module.a), a)
+        assert torch.equal(matrix_of(data, module.b), b)
+        if module.magnitude is not None:
+            magnitude = layer.lora_magnitude_vector["default"].weight
+            assert torch.equal(matrix_of(data, module.magnitude), magnitude)
     assert spec.rank == max(layer.r["default"] for layer in layers.values())
     assert bool(spec.warnings) == (case in {"first match wins", "excluded"})
+    assert spec.use_dora == any(layer.use_dora["default"] for layer in layers.values())
+    assert list(spec.invocation_tokens) == CASES[case].get("alora_invocation_tokens", [])
+
+
+def weight_of(layer: Any, side: str) -> torch.Tensor:
+    if layer.lora_embedding_A:
+        matrix: torch.Tensor = getattr(layer, f"lora_embedding_{side}")["default"]
+    else:
+        matrix = getattr(layer, f"lora_{side}")["default"].weight
+    return matrix.float()
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to True:UserWarning")
+def test_peft_loads_a_transposed_adapter_as_any_other(tmp_path: Path) -> None:
+    save(tmp_path, target_modules=["q_proj"])
+    config = tmp_path / "adapter_config.json"
+    config.write_text(config.read_text().replace('n_out": false', 'n_out": true'))
+    [warning] = read(tmp_path).warnings
+    assert warning.startswith("fan_in_fan_out: ")
+    assert not any(layer.fan_in_fan_out for layer in reference(tmp_path).values())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -168,7 +203,6 @@ def test_half_precision_is_read_as_it_lies(tmp_path: Path, dtype: torch.dtype) -
 @pytest.mark.parametrize(
     ("key", "fields"),
     [
-        ("use_dora", {"use_dora": True}),
         ("bias", {"bias": "lora_only"}),
         ("lora_bias", {"lora_bias": True}),
         ("modules_to_save", {"modules_to_save": ["lm_head"]}),
@@ -190,12 +224,18 @@ def test_what_is_more_than_lora_is_refused_by_its_key(
 
 
 @pytest.mark.parametrize("module", ["embed_tokens", "lm_head"])
-@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
-def test_adapted_embeddings_and_heads_are_refused_by_tensor(tmp_path: Path, module: str) -> None:
-    save(tmp_path, target_modules=["q_proj", module])
-    with pytest.raises(AdapterInvalidError) as caught:
+def test_dora_along_the_vocabulary_is_refused_by_tensor(tmp_path: Path, module: str) -> None:
+    save(tmp_path, target_modules=["q_proj", module], use_dora=True)
+    with pytest.raises(AdapterInvalidError, match="DoRA is not served") as caught:
         read(tmp_path)
     assert module in (caught.value.field or "")
+
+
+def test_peft_refuses_what_we_refuse(tmp_path: Path) -> None:
+    """No server could say what an activated LoRA on embeddings is, or one with DoRA on a linear."""
+    for fields in ({"target_modules": ["embed_tokens"]}, {"use_dora": True}):
+        with pytest.raises(ValueError, match="unsupported variant combination"):
+            save(tmp_path, alora_invocation_tokens=[1], **{"target_modules": ["q_proj"]} | fields)
 
 
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_2", "olora"])

@@ -2,6 +2,7 @@
 
 import json
 import struct
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,11 @@ LINEARS = {
         BaseLinear(f"model.layers.{layer}.self_attn.q_proj", layer, "q_proj", 6, 4),
         BaseLinear(f"model.layers.{layer}.mlp.down_proj", layer, "down_proj", 4, 8),
     )
+} | {
+    "model.embed_tokens": BaseLinear("model.embed_tokens", None, "embed_tokens", 4, 9),
+    "lm_head": BaseLinear("lm_head", None, "lm_head", 9, 4),
 }
-Q0, DOWN0, Q1, DOWN1 = LINEARS
+Q0, DOWN0, Q1, DOWN1, EMBED, HEAD = LINEARS
 PREFIX = "base_model.model."
 FILE = "adapter_model.safetensors"
 SIZES = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8, "I8": 1}
@@ -88,7 +92,7 @@ def test_a_sound_file_says_where_every_matrix_lies(tmp_path: Path, dtype: str, p
         assert module.b.shape == (module.base.out_features, 2)
         for matrix in (module.a, module.b):
             assert matrix.dtype == dtype
-            size = matrix.shape[0] * matrix.shape[1] * SIZES[dtype]
+            size = prod(matrix.shape) * SIZES[dtype]
             assert data[matrix.start : matrix.end] == b"\x01" * size
 
 
@@ -215,23 +219,16 @@ def test_the_library_must_see_the_same_tensors(tmp_path: Path) -> None:
 
 
 A0, B0 = pair(Q0, 2)
+NOTHING = "not the lora_A.weight"
 FOREIGN = {
-    f"{PREFIX}{Q0}.lora_magnitude_vector": "DoRA",
-    f"{PREFIX}model.embed_tokens.lora_embedding_A": "embeddings",
-    f"{PREFIX}model.embed_tokens.lora_embedding_B": "embeddings",
-    f"{PREFIX}model.embed_tokens.weight": "embeddings",
-    f"{PREFIX}lm_head.lora_A.weight": "output head",
-    f"{PREFIX}lm_head.weight": "output head",
     f"{PREFIX}model.norm.modules_to_save.weight": "whole modules",
+    f"{PREFIX}model.embed_tokens.token_adapter.trainable_tokens_delta": "token embeddings",
     f"{PREFIX}{Q0}.lora_B.bias": "biases",
     f"{PREFIX}{Q0}.base_layer.bias": "biases",
-    f"{PREFIX}model.norm.weight": "not the lora_A.weight",
-    f"{PREFIX}{Q0}.lora_A.default.weight": "not the lora_A.weight",
-    f"{PREFIX}{Q0}.weight": "not the lora_A.weight",
-    f"{PREFIX}model.layers.2.self_attn.q_proj.lora_A.weight": "not the lora_A.weight",
-    f"{PREFIX}model.layers.0.self_attn.o_proj.lora_B.weight": "not the lora_A.weight",
-    f"{PREFIX}{PREFIX}{Q0}.lora_A.weight": "not the lora_A.weight",
-    "lora_A.weight": "not the lora_A.weight",
+    f"{PREFIX}model.norm.weight": NOTHING,
+    f"{PREFIX}{Q0}.weight": NOTHING,
+    f"{PREFIX}model.layers.2.self_attn.q_proj.lora_A.weight": NOTHING,
+    f"{PREFIX}model.layers.0.self_attn.o_proj.lora_B.weight": NOTHING,
 }
 
 
@@ -242,9 +239,83 @@ def test_a_tensor_that_is_no_matrix_of_a_linear_is_refused(tmp_path: Path, name:
     assert FOREIGN[name] in error.message
 
 
-def test_a_magnitude_vector_is_refused_as_what_it_is(tmp_path: Path) -> None:
-    shapes = pair(Q0, 2) | {f"{PREFIX}{Q0}.lora_magnitude_vector": ([6], "F32")}
-    assert "DoRA" in refusal(tmp_path, tensors(shapes)).message
+M0, OTHER_M0 = f"{PREFIX}{Q0}.lora_magnitude_vector", f"{PREFIX}{Q0}.lora_magnitude_vector.weight"
+
+
+@pytest.mark.parametrize("name", [M0, OTHER_M0])
+def test_dora_has_a_magnitude_for_every_feature(tmp_path: Path, name: str) -> None:
+    spec = read(tmp_path, tensors(pair(Q0, 2) | {name: ([6], "BF16")}), use_dora=True)
+    assert spec.use_dora
+    [module] = spec.modules
+    assert module.magnitude is not None
+    assert (module.magnitude.tensor, module.magnitude.shape) == (name, (6,))
+
+
+@pytest.mark.parametrize(
+    ("magnitudes", "use_dora", "field"),
+    [
+        ({}, True, A0),
+        ({M0: ([4], "F32")}, True, M0),
+        ({M0: ([6, 1], "F32")}, True, M0),
+        ({M0: ([6], "F32"), OTHER_M0: ([6], "F32")}, True, OTHER_M0),
+        ({M0: ([6], "F32")}, False, M0),
+    ],
+)
+def test_other_magnitudes_are_refused(
+    tmp_path: Path, magnitudes: dict[str, Any], use_dora: bool, field: str
+) -> None:
+    error = refusal(tmp_path, tensors(pair(Q0, 2) | magnitudes), use_dora=use_dora)
+    assert error.field == field
+
+
+EMBED_A = f"{PREFIX}{EMBED}.lora_embedding_A"
+HEAD_A = f"{PREFIX}{HEAD}.lora_A.weight"
+ALONG_EMBED, ALONG_HEAD = f"{PREFIX}{EMBED}.weight", f"{PREFIX}{HEAD}.base_layer.weight"
+
+
+def embed_pair() -> dict[str, Any]:
+    return {EMBED_A: ([2, 9], "F32"), f"{PREFIX}{EMBED}.lora_embedding_B": ([4, 2], "F32")}
+
+
+def test_modules_along_the_vocabulary(tmp_path: Path) -> None:
+    """Adapted, and with the base's own weights along."""
+    along = {ALONG_EMBED: ([9, 4], "F32"), ALONG_HEAD: ([9, 4], "BF16")}
+    spec = read(tmp_path, tensors(pair(HEAD, 2) | along | embed_pair()))
+    assert [module.base.name for module in spec.modules] == [EMBED, HEAD]
+    assert [module.a.shape for module in spec.modules] == [(2, 9), (2, 4)]
+    assert [module.b.shape for module in spec.modules] == [(4, 2), (9, 2)]
+    assert spec.target_modules == ("embed_tokens", "lm_head")
+    assert {(copy.tensor, copy.name) for copy in spec.base_copies} == {
+        (ALONG_EMBED, EMBED),
+        (ALONG_HEAD, HEAD),
+    }
+
+
+@pytest.mark.parametrize(
+    ("shapes", "fields", "field"),
+    [
+        ({ALONG_EMBED: ([9, 4], "F32")}, {}, ALONG_EMBED),
+        (embed_pair() | {ALONG_EMBED: ([10, 4], "F32")}, {}, ALONG_EMBED),
+        (
+            pair(HEAD, 2) | {f"{PREFIX}{HEAD}.lora_magnitude_vector": ([9], "F32")},
+            {"use_dora": True},
+            HEAD_A,
+        ),
+        (embed_pair(), {"alora_invocation_tokens": [1]}, EMBED_A),
+        (pair(HEAD, 2), {"ensure_weight_tying": True}, "ensure_weight_tying"),
+        (pair(HEAD, 2), {"target_modules": ["q_proj"]}, HEAD_A),
+        (pair(HEAD, 2), {"target_modules": ["head"], "layers_to_transform": [0]}, HEAD_A),
+    ],
+)
+def test_what_is_not_served_along_the_vocabulary(
+    tmp_path: Path, shapes: dict[str, Any], fields: dict[str, Any], field: str
+) -> None:
+    assert refusal(tmp_path, tensors(shapes), **fields).field == field
+
+
+def test_an_activated_adapter_may_adapt_the_head(tmp_path: Path) -> None:
+    spec = read(tmp_path, tensors(pair(HEAD, 2)), alora_invocation_tokens=[3, 1])
+    assert spec.invocation_tokens == (3, 1)
 
 
 @pytest.mark.parametrize(
@@ -259,6 +330,7 @@ def test_a_magnitude_vector_is_refused_as_what_it_is(tmp_path: Path) -> None:
         ({A0: ([8], "F32"), B0: ([6, 2], "F32")}, A0),
         ({A0: ([9, 4], "F32"), B0: ([6, 9], "F32")}, A0),
         (pair(Q0, 2) | pair(Q0, 2, prefix=""), f"{Q0}.lora_A.weight"),
+        (pair(Q0, 2) | pair(Q0, 2, prefix=f"_orig_mod.{PREFIX}"), f"_orig_mod.{A0}"),
     ],
 )
 def test_matrices_that_do_not_fit_are_refused(
@@ -311,11 +383,11 @@ def test_a_tensor_that_peft_would_ignore_is_refused(
     "fields",
     [
         {"target_modules": "(((a+)+)+)+$"},
-        {"target_modules": "all-linear", "exclude_modules": "(((a+)+)+)+$"},
+        {"target_modules": "all-linear", "exclude_modules": ""},
         {"target_modules": None},
         {"target_modules": []},
         {"target_modules": [Q0], "layers_to_transform": [1]},
-        {"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": "((a+)+)+"},
+        {"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": "layers"},
         {"target_modules": ["q_proj"], "layers_to_transform": []},
     ],
 )
@@ -330,12 +402,14 @@ def test_what_the_config_says_in_vain_is_a_warning(tmp_path: Path) -> None:
         target_modules=["q_proj", "lm_head"],
         rank_pattern={f"layers.{layer}.nothing": 4 for layer in range(9)},
         alpha_pattern={"q_proj": 4, "k_proj": 4},
+        fan_in_fan_out=True,
     )
-    rank, alpha, target = spec.warnings
+    rank, alpha, target, transposed = spec.warnings
     assert rank.startswith("rank_pattern: ")
     assert rank.endswith(" and 6 more")
     assert alpha.endswith(" k_proj")
     assert target.endswith(" lm_head")
+    assert transposed.startswith("fan_in_fan_out: ")
 
 
 ODD = st.none() | st.booleans() | st.integers(-2, 1 << 64) | st.floats() | st.text(max_size=3)

@@ -1,118 +1,78 @@
-"""The adapter store: names, versions, uploads, references, and what a restart finds."""
+"""The adapter store: names, versions, references, pins, and what a restart finds."""
 
-import errno
-import hashlib
 import json
-import os
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from threading import Event
 
 import pytest
-from loraplex.adapters.peft import AdapterSpec
 from loraplex.adapters.store import (
     AdapterRecord,
     AdapterState,
     AdapterStore,
-    Upload,
     Visibility,
     validate_adapter_id,
 )
-from loraplex.adapters.store_files import Disk
-from loraplex.errors import InvalidRequestError, RequestError, StartupError
+from loraplex.errors import InvalidRequestError, StartupError
 
-BASE = "b" * 64
-CONFIG = '{"peft_type": "LORA", "r": 8,\n "lora_alpha": 16}'
-SPEC = AdapterSpec(
-    modules=(),
-    rank=8,
-    target_modules=("q_proj", "v_proj"),
-    warnings=(),
-    config_json="{}",
-    uploaded_config_json=CONFIG,
+from tests.server.adapters.store_cases import (
+    BASE,
+    CONFIG,
+    MAX_BYTES,
+    SPEC,
+    WEIGHTS,
+    QuickDisk,
+    files_below,
+    open_store,
+    publish,
+    refused,
+    request_for,
+    uploaded,
+    version_of,
+    versions_on_disk,
 )
-MAX_BYTES = 1 << 20
+
 NOW = 1_700_000_000.25
-WEIGHTS = "adapter_model.safetensors"
-
-
-def open_store(root: Path, **options: Any) -> AdapterStore:
-    return AdapterStore.open(root, BASE, MAX_BYTES, **{"clock": lambda: NOW} | options)
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[AdapterStore]:
-    opened = open_store(tmp_path)
+    opened = open_store(tmp_path, clock=lambda: NOW)
     yield opened
     opened.close()
 
 
-def version_of(content: bytes) -> str:
-    return hashlib.sha256(b"version" + content).hexdigest()
-
-
-def uploaded(store: AdapterStore, name: str, content: bytes) -> tuple[Upload, str]:
-    upload = store.begin(name, len(content))
-    half = len(content) // 2
-    upload.write(0, content[:half])
-    upload.write(half, content[half:])
-    return upload, upload.finish()
-
-
-def publish(store: AdapterStore, name: str, content: bytes = b"weights") -> AdapterRecord:
-    upload, sha256 = uploaded(store, name, content)
-    try:
-        return store.publish(upload, name, version_of(content), SPEC, sha256, "private")[0]
-    finally:
-        upload.discard()
-
-
-def refused(reason: str, call: Callable[..., Any], *args: Any) -> RequestError:
-    with pytest.raises(RequestError) as caught:
-        call(*args)
-    assert caught.value.reason.name == reason
-    return caught.value
-
-
-def files_below(path: Path) -> set[str]:
-    return {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()}
-
-
-def blob_files(root: Path) -> set[str]:
-    return files_below(root / "blobs")
-
-
 def test_a_published_adapter_survives_a_restart(tmp_path: Path, store: AdapterStore) -> None:
     upload, sha256 = uploaded(store, "alice", b"weights")
-    assert sha256 == hashlib.sha256(b"weights").hexdigest()
-    version = version_of(b"weights")
-    record, created = store.publish(upload, "alice", version, SPEC, sha256, "shared")
+    assert sha256 == version_of(b"weights")
+    record, created = store.publish(upload, sha256, SPEC, sha256)
     assert created
     assert record == AdapterRecord(
         adapter_id="alice",
-        version=version,
+        version=sha256,
         etag=record.etag,
         size_bytes=7,
         rank=8,
         target_modules=("q_proj", "v_proj"),
         state=AdapterState.READY,
-        visibility=Visibility.SHARED,
+        visibility=Visibility.PRIVATE,
         create_time=NOW,
         last_used_time=None,
         owner="default",
         base_id=BASE,
     )
-    folder = store.blob(version)
-    assert folder == tmp_path / "blobs" / "sha256" / version[:2] / version
+    folder = store.blob(sha256)
+    assert folder == tmp_path / "blobs" / "sha256" / sha256[:2] / sha256
     assert (folder / WEIGHTS).read_bytes() == b"weights"
     assert (folder / "adapter_config.json").read_text() == CONFIG
-    assert files_below(tmp_path / "uploads") == set()
     store.close()
     again = open_store(tmp_path)
     assert again.get("alice") == record
-    assert again.blob(version) == folder
-    again.verify(version)
+    assert again.blob(sha256) == folder
+    again.verify(sha256)
     again.close()
 
 
@@ -149,66 +109,201 @@ def test_adapter_ids_that_are_not(name: str, store: AdapterStore) -> None:
     with pytest.raises(InvalidRequestError) as caught:
         validate_adapter_id(name)
     assert caught.value.field == "adapter_id"
-    assert refused("INVALID_FIELD", store.begin, name, 1).field == "header.adapter_id"
+    error = refused("INVALID_FIELD", store.begin, request_for(name, b"x"))
+    assert error.field == "header.adapter_id"
 
 
 def test_the_same_content_again_is_the_same_adapter(store: AdapterStore) -> None:
     first = publish(store, "alice")
     upload, sha256 = uploaded(store, "alice", b"weights")
-    again = store.publish(upload, "alice", first.version, SPEC, sha256, "private")
-    assert again == (first, False)
-    publish(store, "alice")
+    assert store.publish(upload, first.version, SPEC, sha256) == (first, False)
+    assert publish(store, "alice", replace=True) == first
+    assert publish(store, "alice", if_match_etag="stale") == first
 
 
-def test_other_content_under_the_same_name_is_refused(tmp_path: Path, store: AdapterStore) -> None:
-    first = publish(store, "alice")
-    before = files_below(tmp_path)
-    upload, sha256 = uploaded(store, "alice", b"other")
-    version = version_of(b"other")
-    refused("ADAPTER_EXISTS", store.publish, upload, "alice", version, SPEC, sha256, "private")
-    upload.discard()
-    assert store.get("alice") == first
-    assert files_below(tmp_path) == before
+def test_other_content_needs_replace_or_the_etag(store: AdapterStore) -> None:
+    first = publish(store, "alice", b"one")
+    refused("ADAPTER_EXISTS", store.begin, request_for("alice", b"two"))
+    refused("ETAG_MISMATCH", store.begin, request_for("alice", b"two", if_match_etag="stale"))
+    refused("ETAG_MISMATCH", store.begin, request_for("nobody", b"two", if_match_etag=first.etag))
+    second = publish(store, "alice", b"two", replace=True)
+    assert (second.version, store.get("alice")) == (version_of(b"two"), second)
+    third = publish(store, "alice", b"three", if_match_etag=second.etag)
+    assert store.get("alice") == third
+    assert len({first.etag, second.etag, third.etag}) == 3
+    # Both: the etag decides.
+    changes = {"if_match_etag": second.etag, "replace": True}
+    refused("ETAG_MISMATCH", store.begin, request_for("alice", b"four", **changes))
+
+
+def test_the_rules_are_checked_again_at_the_end(store: AdapterStore) -> None:
+    first = publish(store, "alice", b"one")
+    upload, sha256 = uploaded(store, "alice", b"two", if_match_etag=first.etag)
     store.delete("alice")
-    assert publish(store, "alice", b"other").etag != first.etag
+    refused("ETAG_MISMATCH", store.publish, upload, sha256, SPEC, sha256)
+    upload.suspend()  # all of it is kept: the next stream only has to finish
+    assert store.upload_status(upload.request.upload_id).committed_size == 3
+    assert publish(store, "alice", b"two", resume_offset=3).version == sha256
+
+
+def test_what_happens_while_the_content_is_written_counts_too(tmp_path: Path) -> None:
+    class BusyDisk(QuickDisk):
+        def make(self, path: Path) -> None:
+            super().make(path)
+            if path.name == "blob" and path.parent.name == upload.request.upload_id:
+                store.delete("alice")
+
+    store = open_store(tmp_path)
+    first = publish(store, "alice", b"one")
+    store.close()
+    store = open_store(tmp_path, disk=BusyDisk())
+    upload, sha256 = uploaded(store, "alice", b"two", if_match_etag=first.etag)
+    refused("ETAG_MISMATCH", store.publish, upload, sha256, SPEC, sha256)
+    refused("ADAPTER_NOT_FOUND", store.get, "alice")
+    upload.suspend()
+    assert versions_on_disk(tmp_path) == set()
+    store.close()
+
+
+def test_the_same_weights_with_another_config_are_other_content(store: AdapterStore) -> None:
+    publish(store, "alice", b"one")
+    upload, sha256 = uploaded(store, "alice", b"one")
+    refused("ADAPTER_EXISTS", store.publish, upload, "c" * 64, SPEC, sha256)
+    upload.discard()
+    upload, sha256 = uploaded(store, "alice", b"one", replace=True)
+    assert store.publish(upload, "c" * 64, SPEC, sha256)[1]
+
+
+def test_a_replaced_version_lives_until_its_last_reader(
+    tmp_path: Path, store: AdapterStore
+) -> None:
+    old = publish(store, "alice", b"old")
+    held = store.acquire("alice")
+    new = publish(store, "alice", b"new", replace=True)
+    assert (held.version, store.acquire("alice").version) == (old.version, new.version)
+    assert [store.references(record.version) for record in (old, new)] == [1, 1]
+    store.verify(old.version)
+    store.release(old.version)
+    store.sweep()
+    assert versions_on_disk(tmp_path) == {new.version}
+    assert store.references(old.version) == 0
+    store.release(new.version)
+    assert versions_on_disk(tmp_path) == {new.version}
 
 
 def test_two_names_share_one_blob_until_the_last_goes(tmp_path: Path, store: AdapterStore) -> None:
     first, second = publish(store, "alice"), publish(store, "bob")
     assert first.version == second.version
     assert first.etag != second.etag
-    assert len(blob_files(tmp_path)) == 3
+    assert len(files_below(tmp_path / "blobs")) == 3
     store.delete("alice")
     refused("ADAPTER_NOT_FOUND", store.get, "alice")
     assert (store.blob(second.version) / WEIGHTS).exists()
     store.delete("bob")
-    assert blob_files(tmp_path) == set()
-    refused("ADAPTER_NOT_FOUND", store.blob, second.version)
-    refused("ADAPTER_NOT_FOUND", store.retain, second.version)
-    refused("ADAPTER_NOT_FOUND", store.verify, second.version)
+    assert versions_on_disk(tmp_path) == set()
+    for call in (store.blob, store.verify):
+        refused("ADAPTER_NOT_FOUND", call, second.version)
+    refused("ADAPTER_NOT_FOUND", store.acquire, "bob")
     refused("ADAPTER_NOT_FOUND", store.delete, "bob")
 
 
-def test_a_reader_keeps_a_deleted_adapters_files(tmp_path: Path, store: AdapterStore) -> None:
+def test_a_reader_keeps_a_deleted_adapters_files(tmp_path: Path) -> None:
+    removed: list[tuple[str, bool]] = []
+    go = Event()
+
+    def on_removed(version: str) -> None:
+        removed.append((version, folder.exists()))
+        assert go.wait(10)
+
+    store = open_store(tmp_path, on_removed=on_removed)
     version = publish(store, "alice").version
-    store.retain(version)
-    store.retain(version)
+    folder = store.blob(version)
+    store.acquire("alice")
+    store.acquire("alice")
     store.delete("alice")
     refused("ADAPTER_NOT_FOUND", store.get, "alice")
     store.release(version)
     store.verify(version)
-    assert (store.blob(version) / WEIGHTS).read_bytes() == b"weights"
-    store.release(version)
-    assert blob_files(tmp_path) == set()
+    assert (folder / WEIGHTS).read_bytes() == b"weights"
+    assert removed == []
+    store.release(version)  # does not wait for the disk
+    go.set()
+    store.sweep()
+    assert versions_on_disk(tmp_path) == set()
+    assert removed == [(version, True)]  # told before its files went
+    store.close()
 
 
 def test_a_deleted_adapter_may_come_back_while_it_is_read(store: AdapterStore) -> None:
     version = publish(store, "alice").version
-    store.retain(version)
+    store.acquire("alice")
     store.delete("alice")
     publish(store, "bob")
     store.release(version)
     assert (store.blob(version) / WEIGHTS).exists()
+
+
+def test_a_version_that_is_being_checked_is_kept(tmp_path: Path, store: AdapterStore) -> None:
+    version = publish(store, "alice").version
+    read: list[int] = []
+
+    def delete(num_bytes: int) -> None:
+        read.append(num_bytes)
+        if len(read) == 1:
+            store.delete("alice")
+        assert versions_on_disk(tmp_path) == {version}
+        assert store.references(version) == 0
+
+    store.scrub(version, delete)
+    assert sum(read) == len(b"weights") + len(CONFIG)
+    assert versions_on_disk(tmp_path) == set()
+
+
+def test_a_pin_belongs_to_the_name(tmp_path: Path, store: AdapterStore) -> None:
+    first = publish(store, "alice", b"one")
+    publish(store, "bob", b"one")
+    assert store.pinned() == ()
+    pinned = store.set_pinned("alice", True)
+    assert (pinned.pinned, pinned.etag) == (True, first.etag)
+    assert store.set_pinned("alice", True) == pinned == store.get("alice")
+    replaced = publish(store, "alice", b"two", replace=True)
+    assert store.pinned() == (replaced,)
+    store.close()
+    again = open_store(tmp_path)
+    assert again.pinned() == (replaced,)
+    again.set_pinned("bob", True)
+    assert [record.adapter_id for record in again.pinned()] == ["alice", "bob"]
+    again.set_pinned("alice", False)
+    again.delete("bob")
+    assert again.pinned() == ()
+    assert not publish(again, "bob", b"one").pinned
+    refused("ADAPTER_NOT_FOUND", again.set_pinned, "nobody", True)
+    again.close()
+
+
+def test_what_kind_an_adapter_is_survives_too(tmp_path: Path, store: AdapterStore) -> None:
+    upload, sha256 = uploaded(store, "alice", b"weights")
+    spec = replace(SPEC, use_dora=True, invocation_tokens=(3, 4))
+    record, _ = store.publish(upload, sha256, spec, sha256)
+    assert (record.use_dora, record.invocation_tokens) == (True, (3, 4))
+    store.close()
+    again = open_store(tmp_path)
+    assert again.get("alice") == record
+    again.close()
+
+
+def test_a_manifest_of_the_first_version_is_read(tmp_path: Path, store: AdapterStore) -> None:
+    record = publish(store, "alice")
+    store.close()
+    manifest = tmp_path / "manifests" / "default" / "alice.json"
+    fields = json.loads(manifest.read_text())
+    for name in ("pinned", "use_dora", "invocation_tokens"):
+        del fields[name]
+    manifest.write_text(json.dumps(fields))
+    shutil.rmtree(tmp_path / "last_used")
+    again = open_store(tmp_path)
+    assert again.get("alice") == record
+    again.close()
 
 
 def test_pages_go_by_name(store: AdapterStore) -> None:
@@ -230,16 +325,24 @@ def test_pages_go_by_name(store: AdapterStore) -> None:
     assert token == ""
 
 
-def test_page_sizes(tmp_path: Path, store: AdapterStore) -> None:
+def test_a_store_of_two_thousand(tmp_path: Path, store: AdapterStore) -> None:
     publish(store, "n0")
     store.close()
     manifests = tmp_path / "manifests" / "default"
     text = (manifests / "n0.json").read_text()
-    for number in range(1, 1_002):
+    for number in range(1, 2_000):
         (manifests / f"n{number}.json").write_text(text.replace('"n0"', f'"n{number}"'))
     again = open_store(tmp_path)
     assert [len(again.list(size, "")[0]) for size in (0, 3, 1_000, 5_000)] == [50, 3, 1_000, 1_000]
     assert refused("INVALID_FIELD", again.list, -1, "").field == "page_size"
+    names: list[str] = []
+    token = ""
+    while not names or token:
+        records, token = again.list(300, token)
+        names += [record.adapter_id for record in records]
+    assert names == sorted(f"n{number}" for number in range(2_000))
+    again.delete("n7")
+    assert versions_on_disk(tmp_path) == {version_of(b"weights")}
     again.close()
 
 
@@ -248,169 +351,31 @@ def test_a_token_that_was_never_given_is_refused(store: AdapterStore, token: str
     assert refused("INVALID_FIELD", store.list, 0, token).field == "page_token"
 
 
-def test_an_upload_takes_its_bytes_in_order(store: AdapterStore) -> None:
-    upload = store.begin("alice", 6)
-    upload.write(0, b"abc")
-    error = refused("OFFSET_MISMATCH", upload.write, 2, b"c")
-    assert error.metadata == {"committed_size": "3"}
-    refused("OFFSET_MISMATCH", upload.write, 4, b"e")
-    assert refused("INVALID_FIELD", upload.write, 3, b"defg").field == "chunk.data"
-    assert "6 bytes were declared, but 3 came" in refused("INVALID_FIELD", upload.finish).message
-    upload.write(3, b"")
-    upload.write(3, b"def")
-    assert upload.finish() == hashlib.sha256(b"abcdef").hexdigest()
-    assert upload.path.read_bytes() == b"abcdef"
-    assert upload.committed_size == 6
-
-
-def test_an_adapter_id_has_one_upload(tmp_path: Path, store: AdapterStore) -> None:
-    upload = store.begin("alice", 3)
-    refused("UPLOAD_IN_PROGRESS", store.begin, "alice", 3)
-    store.begin("bob", 3).discard()
-    upload.discard()
-    upload.discard()
-    refused("UPLOAD_INCOMPLETE", upload.write, 0, b"abc")
-    refused("UPLOAD_INCOMPLETE", upload.finish)
-    assert files_below(tmp_path / "uploads") == set()
-    again = store.begin("alice", 3)
-    upload.discard()
-    refused("UPLOAD_IN_PROGRESS", store.begin, "alice", 3)
-    again.discard()
-
-
-def test_sizes_that_cannot_be_taken_are_refused_at_once(tmp_path: Path) -> None:
-    class SmallDisk(Disk):
-        def free_bytes(self, path: Path) -> int:
-            return 100
-
-    store = open_store(tmp_path, disk=SmallDisk())
-    assert refused("INVALID_FIELD", store.begin, "a", 0).field == "header.total_size"
-    assert refused("ADAPTER_TOO_LARGE", store.begin, "a", MAX_BYTES + 1).field is not None
-    refused("DISK_FULL", store.begin, "a", 101)
-    store.begin("a", 100).discard()
-    store.close()
-    refused("STORE_UNAVAILABLE", store.begin, "a", 100)
-
-
-@pytest.mark.parametrize(
-    ("code", "reason"),
-    [
-        (errno.ENOSPC, "DISK_FULL"),
-        (errno.EDQUOT, "DISK_FULL"),
-        (errno.EIO, "STORE_UNAVAILABLE"),
-        (errno.EROFS, "STORE_UNAVAILABLE"),
-    ],
-)
-def test_a_failing_disk_has_a_reason_and_no_path(tmp_path: Path, code: int, reason: str) -> None:
-    class FailingDisk(Disk):
-        failing = False
-
-        def append(self, fd: int, data: bytes | memoryview, offset: int) -> None:
-            if self.failing:
-                super().append(fd, data[:1], offset)
-                raise OSError(code, os.strerror(code), str(tmp_path))
-            super().append(fd, data, offset)
-
-    disk = FailingDisk()
-    store = open_store(tmp_path, disk=disk)
-    upload = store.begin("alice", 6)
-    upload.write(0, b"abc")
-    disk.failing = True
-    error = refused(reason, upload.write, 3, b"xef")
-    assert str(tmp_path) not in error.message
-    disk.failing = False
-    upload.write(3, b"def")
-    assert upload.finish() == hashlib.sha256(b"abcdef").hexdigest()
-    assert upload.path.read_bytes() == b"abcdef"
-    store.close()
-
-
-def test_the_last_use_is_written_down_when_the_store_is_closed(tmp_path: Path) -> None:
-    times = iter([1.0, 2.0, 3.0])
-    store = open_store(tmp_path, clock=lambda: next(times))
+def test_the_last_use_is_written_down_now_and_then(tmp_path: Path) -> None:
+    times = [1.0]
+    store = open_store(tmp_path, clock=lambda: times[0])
     publish(store, "alice")
     publish(store, "bob", b"other")
-    manifest = (tmp_path / "manifests" / "default" / "alice.json").read_bytes()
-    store.touch("alice")
-    store.touch("nobody")
+    times[0] = 3.0
+    assert store.acquire("alice").last_used_time == 3.0
+    store.release(version_of(b"weights"))
     assert store.get("alice").last_used_time == 3.0
-    assert (tmp_path / "manifests" / "default" / "alice.json").read_bytes() == manifest
-    record = store.get("alice")
+    assert store.set_pinned("alice", True).last_used_time == 3.0
+    store.sweep()
+    times[0] = 4.0
+    store.release(store.acquire("bob").version)
+    records = store.list(0, "")[0]
     store.close()
-    again = open_store(tmp_path)
-    assert again.get("alice") == record
-    assert again.get("bob").last_used_time is None
+    again = open_store(tmp_path, clock=lambda: 9.0)
+    assert again.list(0, "")[0] == records
+    # It is the name's, and goes with it.
+    assert publish(again, "alice", b"new", replace=True).last_used_time == 3.0
+    again.delete("bob")
     again.close()
-
-
-def test_bytes_that_changed_on_disk_are_quarantined(tmp_path: Path, store: AdapterStore) -> None:
-    version = publish(store, "alice").version
-    publish(store, "bob")
-    path = store.blob(version) / WEIGHTS
-    store.verify(version)
-    path.write_bytes(b"weighty")
-    store.verify(version)  # once in a process is enough
-    store.close()
-    again = open_store(tmp_path)
-    assert again.get("alice").state is AdapterState.READY
-    refused("ADAPTER_UNUSABLE", again.verify, version)
-    refused("ADAPTER_UNUSABLE", again.verify, version)
-    assert [record.state for record in again.list(0, "")[0]] == [AdapterState.QUARANTINED] * 2
-    again.close()
-    path.write_bytes(b"weights")
-    last = open_store(tmp_path)
-    assert last.get("bob").state is AdapterState.QUARANTINED
-    upload, sha256 = uploaded(last, "bob", b"weights")
-    record, created = last.publish(upload, "bob", version, SPEC, sha256, "private")
-    assert (record.state, created) == (AdapterState.READY, False)
-    assert last.get("alice").state is AdapterState.READY
-    last.verify(version)
+    last = open_store(tmp_path, clock=lambda: 9.0)
+    assert last.get("alice").last_used_time == 3.0
+    assert publish(last, "bob", b"other").last_used_time is None
     last.close()
-
-
-@pytest.mark.parametrize("name", [WEIGHTS, "adapter_config.json"])
-@pytest.mark.parametrize("harm", ["missing", "shorter", "changed"])
-def test_every_harm_to_what_was_uploaded_is_found(tmp_path: Path, name: str, harm: str) -> None:
-    store = open_store(tmp_path)
-    version = publish(store, "alice").version
-    path = store.blob(version) / name
-    data = path.read_bytes()
-    if harm == "missing":
-        path.unlink()
-    else:
-        path.write_bytes(data[:-1] + (b"" if harm == "shorter" else b"!"))
-    refused("ADAPTER_UNUSABLE", store.verify, version)
-    assert store.get("alice").state is AdapterState.QUARANTINED
-    store.delete("alice")
-    assert blob_files(tmp_path) == set()
-    store.close()
-
-
-def test_caches_come_and_go_beside_what_was_uploaded(tmp_path: Path, store: AdapterStore) -> None:
-    upload, sha256 = uploaded(store, "alice", b"weights")
-    (upload.folder / "packed-1").write_bytes(b"one")
-    extra = {"packed-1": upload.folder / "packed-1"}
-    version = version_of(b"weights")
-    store.publish(upload, "alice", version, SPEC, sha256, "private", extra)
-    (tmp_path / "packed-2").write_bytes(b"two")
-    store.add_file(version, "packed-2", tmp_path / "packed-2")
-    upload, sha256 = uploaded(store, "bob", b"weights")
-    (upload.folder / "packed-3").write_bytes(b"three")
-    extra = {"packed-3": upload.folder / "packed-3"}
-    store.publish(upload, "bob", version, SPEC, sha256, "private", extra)
-    folder = store.blob(version)
-    caches = {"packed-1", "packed-2", "packed-3"}
-    assert {path.name for path in folder.glob("packed*")} == caches
-    store.close()
-    (folder / "packed-1").write_bytes(b"ONE")
-    (folder / "packed-2").write_bytes(b"")
-    again = open_store(tmp_path)
-    again.verify(version)
-    assert {path.name for path in folder.glob("packed*")} == {"packed-2", "packed-3"}
-    record = json.loads((folder / "record.json").read_text())
-    assert record["files"].keys() == {WEIGHTS, "adapter_config.json", "packed-3"}
-    assert again.get("alice").state is AdapterState.READY
-    again.close()
 
 
 def test_another_base_makes_adapters_incompatible(tmp_path: Path, store: AdapterStore) -> None:
@@ -420,6 +385,9 @@ def test_another_base_makes_adapters_incompatible(tmp_path: Path, store: Adapter
     assert other.get("alice").state is AdapterState.INCOMPATIBLE
     assert other.list(0, "")[0][0].state is AdapterState.INCOMPATIBLE
     assert (other.blob(record.version) / WEIGHTS).exists()
+    refused("ADAPTER_UNUSABLE", other.acquire, "alice")
+    refused("ADAPTER_UNUSABLE", other.set_pinned, "alice", True)
+    refused("ADAPTER_EXISTS", other.begin, request_for("alice", b"weights"))
     other.close()
     back = open_store(tmp_path)
     assert back.get("alice") == record
@@ -429,11 +397,10 @@ def test_another_base_makes_adapters_incompatible(tmp_path: Path, store: Adapter
 def test_many_threads_publish_read_and_delete_at_once(tmp_path: Path, store: AdapterStore) -> None:
     def work(number: int) -> None:
         name, content = f"n{number % 4}-{number}", bytes([number % 3])
-        record = publish(store, name, content)
-        store.retain(record.version)
+        publish(store, name, content)
+        record = store.acquire(name)
         store.verify(record.version)
         store.list(0, "")
-        store.touch(name)
         store.delete(name)
         assert (store.blob(record.version) / WEIGHTS).read_bytes() == content
         store.release(record.version)
@@ -442,5 +409,33 @@ def test_many_threads_publish_read_and_delete_at_once(tmp_path: Path, store: Ada
         for done in [workers.submit(work, number) for number in range(96)]:
             done.result()
     assert store.list(0, "") == ((), "")
-    assert blob_files(tmp_path) == set()
-    assert files_below(tmp_path / "uploads") == set()
+    store.sweep()
+    assert versions_on_disk(tmp_path) == set()
+    assert files_below(tmp_path / "tmp") == set()
+
+
+def test_a_name_is_never_without_a_version_while_it_is_replaced(store: AdapterStore) -> None:
+    contents = [bytes([number]) for number in range(12)]
+    publish(store, "alice", contents[0])
+    done = Event()
+
+    def read() -> set[str]:
+        seen = set()
+        while not done.is_set():
+            record = store.acquire("alice")
+            assert version_of((store.blob(record.version) / WEIGHTS).read_bytes()) in versions
+            seen.add(record.version)
+            store.release(record.version)
+        return seen
+
+    versions = {version_of(content) for content in contents}
+    with ThreadPoolExecutor(3) as workers:
+        readers = [workers.submit(read) for _ in range(3)]
+        try:
+            for content in contents[1:]:
+                publish(store, "alice", content, replace=True)
+        finally:
+            done.set()
+        assert all(reader.result() <= versions for reader in readers)
+    store.sweep()
+    assert store.versions() == (version_of(contents[-1]),)

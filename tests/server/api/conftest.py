@@ -19,6 +19,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
+from uuid import NAMESPACE_OID, uuid5
 from zlib import crc32
 
 import grpc
@@ -30,6 +31,7 @@ from google.rpc import (  # type: ignore[import-untyped, unused-ignore]
 from grpc import StatusCode
 from loraplex.adapters.peft import AdapterConfig, AdapterSpec, read_config, version_of
 from loraplex.adapters.store import AdapterRecord, AdapterStore, Upload
+from loraplex.adapters.tiers import Tier
 from loraplex.api.protocols import Limits, ModelInfo
 from loraplex.api.server import ApiServer
 from loraplex.engine.sequence import (
@@ -49,6 +51,7 @@ from prometheus_client import CollectorRegistry
 BASE_ID = "b" * 64
 EOS = 256  # token ids below are the bytes of UTF-8
 SPECIAL = 257
+INVOCATION = tuple(b"!!")
 TIMINGS = Timings(queue=0.5, prefill=0.25, decode=2.0, adapter_wait=0.125)
 
 MODEL = ModelInfo(
@@ -80,7 +83,11 @@ class FakeEngine:
     def __init__(self) -> None:
         self.submitted: list[Sequence] = []
         self.aborted: list[str] = []
-        self.resident: set[str] = set()
+        self.tiers: dict[str, Tier] = {}
+        self.pins: dict[str, str] = {}  # the pinned version by name
+        self.num_pin_calls = 0
+        self.refuse_pins: RequestError | None = None
+        self.pinning: asyncio.Event | None = None  # pins wait for it
         self.refuse: RequestError | None = None
         self.plan: Callable[[Sequence], Iterable[Event]] = lambda _: ()
         self.streams: dict[str, TokenStream] = {}
@@ -101,8 +108,23 @@ class FakeEngine:
         self.aborted.append(request_id)
         self._news.set()
 
-    def residency(self, digest: str) -> bool:
-        return digest in self.resident
+    def residency(self, version: str) -> Tier:
+        return self.tiers.get(version, Tier.DISK)
+
+    async def pin(self, version: str, adapter_id: str) -> None:
+        assert self.pins.get(adapter_id, version) == version, "a name has one pin"
+        self.pins[adapter_id] = version
+        self.num_pin_calls += 1
+        if self.pinning is not None:
+            await self.pinning.wait()
+        if self.refuse_pins is not None:
+            raise self.refuse_pins
+
+    def unpin(self, version: str, adapter_id: str) -> None:
+        assert self.pins.pop(adapter_id) == version
+
+    def forget(self, version: str) -> None:
+        raise AssertionError("the store's, not the API's")
 
     async def until(self, condition: Callable[[], object]) -> None:
         """Waits for a submit or an abort that makes it true."""
@@ -147,7 +169,10 @@ class FakeTokenizer:
 
 
 class FakePublisher:
-    """Judges the real config, takes any weights but "bad", and publishes to the real store."""
+    """Judges the real config, takes any weights but "bad", and publishes to the real store.
+
+    Weights of "dora" and "alora" are of that kind; the latter is invoked by "!!".
+    """
 
     def __init__(self, store: AdapterStore) -> None:
         self._store = store
@@ -156,9 +181,10 @@ class FakePublisher:
         return read_config(config_json, MODEL.limits.max_rank)
 
     def publish(
-        self, upload: Upload, adapter_id: str, config: AdapterConfig, sha256: str, visibility: str
+        self, upload: Upload, config: AdapterConfig, sha256: str
     ) -> tuple[AdapterRecord, bool, Seq[str]]:
-        if upload.path.read_bytes() == b"bad":
+        data = upload.path.read_bytes()
+        if data == b"bad":
             raise AdapterInvalidError("model.layers.0.lora_A", "is not finite")
         spec = AdapterSpec(
             modules=(),
@@ -167,19 +193,23 @@ class FakePublisher:
             warnings=("a warning",),
             config_json=config.canonical_json(),
             uploaded_config_json=config.uploaded_json,
+            use_dora=data == b"dora",
+            invocation_tokens=INVOCATION if data == b"alora" else (),
         )
         version = version_of(sha256, config, BASE_ID)
-        record, created = self._store.publish(upload, adapter_id, version, spec, sha256, visibility)
+        record, created = self._store.publish(upload, version, spec, sha256)
         return record, created, spec.warnings
 
 
+UPLOAD_ID = "8f14e45f-ceea-467f-a8d2-3c59d1b0f0aa"
 CONFIG_JSON = json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8})
 
 
 def header(adapter_id: str, data: bytes, /, **changes: Any) -> adapters_pb2.UploadAdapterRequest:
+    """Of an upload of its own, unless `changes` say which."""
     fields: dict[str, Any] = {
         "adapter_id": adapter_id,
-        "upload_id": "8f14e45f-ceea-467f-a8d2-3c59d1b0f0aa",
+        "upload_id": str(uuid5(NAMESPACE_OID, f"{adapter_id} {data!r} {changes}")),
         "total_size": len(data),
         "sha256": hashlib.sha256(data).hexdigest(),
         "adapter_config_json": CONFIG_JSON,
@@ -275,10 +305,26 @@ class Api:
         call = self.method("AdapterService", "UploadAdapter")
         return await call(messages, timeout=20, metadata=metadata)
 
-    async def publish(self, adapter_id: str, data: bytes = b"weights") -> str:
+    async def publish(self, adapter_id: str, data: bytes = b"weights", **changes: Any) -> str:
         """An adapter in the store; its version."""
-        answer = await self.upload([header(adapter_id, data), chunk(0, data), FINISH])
-        return str(answer.adapter.version)
+        messages = [header(adapter_id, data, **changes), chunk(0, data), FINISH]
+        return str((await self.upload(messages)).adapter.version)
+
+    async def get(self, adapter_id: str) -> Any:
+        request = adapters_pb2.GetAdapterRequest(adapter_id=adapter_id)
+        return (await self.unary("GetAdapter", request)).adapter
+
+    async def delete(self, adapter_id: str) -> None:
+        request = adapters_pb2.DeleteAdapterRequest(adapter_id=adapter_id)
+        await self.unary("DeleteAdapter", request)
+
+    async def pin(self, adapter_id: str, pinned: bool = True) -> Any:
+        request = adapters_pb2.PinAdapterRequest(adapter_id=adapter_id, pinned=pinned)
+        return (await self.unary("PinAdapter", request)).adapter
+
+    async def upload_status(self, upload_id: str = UPLOAD_ID) -> Any:
+        request = adapters_pb2.GetUploadRequest(upload_id=upload_id)
+        return await self.unary("GetUpload", request)
 
     async def failure(self, call: Awaitable[Any]) -> Failure:
         """The error of a unary or upload call."""
@@ -294,8 +340,9 @@ class Api:
     def sample(self, name: str, **labels: str) -> float | None:
         return self.registry.get_sample_value(name, labels)
 
-    def uploads_left(self) -> list[Path]:
-        return list((self.folder / "uploads" / "default").iterdir())
+    def partials(self) -> list[Path]:
+        """Weights of uploads that are not published."""
+        return list((self.folder / "uploads" / "default").glob("*/*.safetensors"))
 
 
 Scenario = Callable[[Api], Awaitable[None]]

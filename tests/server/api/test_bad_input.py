@@ -38,7 +38,12 @@ def message(**fields: Any) -> Any:
     return inference_pb2.ChatMessage(**fields)
 
 
-BLEND = [inference_pb2.BlendMember(adapter_id="a", weight=1.0)]
+def blend(**weights: float) -> dict[str, Any]:
+    members = [inference_pb2.BlendMember(adapter_id=n, weight=w) for n, w in weights.items()]
+    return {"text": "x", "blend": members}
+
+
+A = inference_pb2.BlendMember(adapter_id="a", weight=1.0)
 DEEP = "[" * 100_000
 LONG = "x" * 511
 
@@ -60,7 +65,14 @@ WRONG_FIELD = [
     ({"text": "x", "request_id": "a b"}, "request_id"),
     ({"text": "x", "request_id": "a" * 65}, "request_id"),
     ({"text": "x", "request_id": "a\n"}, "request_id"),
-    ({"text": "x", "adapter_id": "a", "blend": BLEND}, "adapter_id"),
+    ({"text": "x", "adapter_version": "0" * 64}, "adapter_version"),
+    ({**blend(a=1, b=1), "adapter_id": "a"}, "adapter_id"),
+    ({**blend(a=1, b=1), "adapter_version": "0" * 64}, "adapter_version"),
+    (blend(a=1), "blend"),
+    (blend(**{f"a{n}": 1 for n in range(9)}), "blend"),
+    ({"text": "x", "blend": [A, A]}, "blend[1].adapter_id"),
+    (blend(a=1, A=1), "blend[1].adapter_id"),
+    *((blend(a=1, b=w), "blend[1].weight") for w in (math.nan, math.inf, -math.inf, 1.1e6)),
     *(({"text": "x", "adapter_id": name}, "adapter_id") for name in NAMES),
     *(
         (sampling(**{name: value}), f"sampling.{name}")
@@ -98,13 +110,10 @@ OTHERS = [
     ({"text": LONG}, INVALID, "EXCEEDS_KV_CAPACITY", "prompt"),
     (stop(max_tokens=400), INVALID, "EXCEEDS_KV_CAPACITY", "stop.max_tokens"),
     ({"text": "x", "adapter_id": "nope"}, StatusCode.NOT_FOUND, "ADAPTER_NOT_FOUND", None),
-    *(
-        ({"text": "x", **fields}, StatusCode.UNIMPLEMENTED, "NOT_IMPLEMENTED", name)
-        for name, fields in (
-            ("blend", {"blend": BLEND}),
-            ("adapter_version", {"adapter_version": "0" * 64}),
-            ("priority", {"priority": -1}),
-        )
+    (blend(nope=1, b=1), StatusCode.NOT_FOUND, "ADAPTER_NOT_FOUND", None),
+    (
+        {"text": "x", "priority": -1},
+        *(StatusCode.UNIMPLEMENTED, "NOT_IMPLEMENTED", "priority"),
     ),
 ]
 
@@ -164,7 +173,16 @@ def test_the_limits_themselves_are_allowed(serve: "Serve") -> None:
             for method, request in (
                 ("GetAdapter", adapters_pb2.GetAdapterRequest(adapter_id=name)),
                 ("DeleteAdapter", adapters_pb2.DeleteAdapterRequest(adapter_id=name)),
+                ("PinAdapter", adapters_pb2.PinAdapterRequest(adapter_id=name)),
             )
+        ),
+        *(
+            (
+                "PinAdapter",
+                adapters_pb2.PinAdapterRequest(adapter_id="nope", pinned=pinned),
+                *(StatusCode.NOT_FOUND, "ADAPTER_NOT_FOUND", None),
+            )
+            for pinned in (True, False)
         ),
         (
             "GetAdapter",
@@ -192,12 +210,12 @@ def test_the_limits_themselves_are_allowed(serve: "Serve") -> None:
         (
             "GetUpload",
             adapters_pb2.GetUploadRequest(upload_id="x"),
-            *(StatusCode.UNIMPLEMENTED, "NOT_IMPLEMENTED", "GetUpload"),
+            *(INVALID, "INVALID_FIELD", "upload_id"),
         ),
         (
-            "PinAdapter",
-            adapters_pb2.PinAdapterRequest(adapter_id="a", pinned=True),
-            *(StatusCode.UNIMPLEMENTED, "NOT_IMPLEMENTED", "PinAdapter"),
+            "GetUpload",
+            adapters_pb2.GetUploadRequest(upload_id="8f14e45f-ceea-467f-a8d2-3c59d1b0f0aa"),
+            *(StatusCode.NOT_FOUND, "UPLOAD_NOT_FOUND", None),
         ),
     ],
 )

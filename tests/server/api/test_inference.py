@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from grpc import StatusCode
+from loraplex.api.inference import FEATURES
 from loraplex.engine.sequence import FinishReason, Logprobs, SamplingParams, StopParams, Tokens
 from loraplex.engine.stream import Event
 from loraplex.errors import RequestError
@@ -145,7 +146,7 @@ def test_server_info(serve: "Serve") -> None:
         for field in info.limits.DESCRIPTOR.fields_by_name:
             assert getattr(info.limits, field) == getattr(MODEL.limits, field)
         assert info.version
-        assert list(info.features) == []
+        assert list(info.features) == list(FEATURES)
 
     serve(scenario)
 

@@ -54,7 +54,7 @@ def test_malformed_messages(serve: "Serve") -> None:
         for stream in ([b"\xff"], [header("a1", b"x").SerializeToString(), b"\xff"]):
             error = await api.failure(api.channel.stream_unary(UPLOAD)(stream, timeout=9))
             assert (error.code, error.reason) == (INVALID, "MALFORMED_MESSAGE")
-        assert api.uploads_left() == []
+        assert api.partials() == []
 
     serve(scenario)
 

@@ -1,10 +1,12 @@
 """Work in a thread outlives the cancel of its caller, and the caller waits for it."""
 
 import asyncio
+import os
+import sys
 import threading
 
 import pytest
-from loraplex.api.threads import in_thread
+from loraplex.api.threads import Background, in_thread
 
 
 def test_results_and_errors_come_back() -> None:
@@ -44,3 +46,39 @@ def test_a_cancelled_caller_waits_for_the_thread(fails: bool) -> None:
 
     asyncio.run(main())
     assert order == ["work", "clean up"]
+
+
+def _priority() -> int:
+    return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+
+def test_background_work_gives_way_and_nothing_else_does() -> None:
+    background = Background(num_threads=1)
+
+    async def priorities() -> tuple[int, int, int]:
+        return await background.run(_priority), await in_thread(_priority), _priority()
+
+    behind, beside, here = asyncio.run(priorities())
+    assert beside == here
+    assert (behind > here) == (sys.platform == "linux")  # nowhere else have threads priorities
+    background.close()
+    assert not [t for t in threading.enumerate() if t.name.startswith("loraplex-background")]
+
+
+@pytest.mark.parametrize("of_server", [15, 19])
+def test_in_a_server_that_gives_way_itself_they_give_way_as_far_as_they_can(of_server: int) -> None:
+    async def behind() -> int:
+        return await background.run(_priority)
+
+    def serve() -> None:
+        if sys.platform == "linux":
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), of_server)
+        found.append(asyncio.run(behind()))
+
+    found: list[int] = []
+    background = Background(num_threads=1)
+    server = threading.Thread(target=serve)
+    server.start()
+    server.join()
+    background.close()
+    assert found == [19] or sys.platform != "linux"

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from grpc import StatusCode
+from loraplex.adapters.tiers import Tier
 from loraplex_protos.v1 import adapters_pb2
 
-from tests.server.api.conftest import FINISH, chunk, header
+from tests.server.api.conftest import FINISH, UPLOAD_ID, chunk, header
 
 if TYPE_CHECKING:
     from tests.server.api.conftest import Api, Serve
@@ -42,21 +43,26 @@ def test_an_upload_is_published_shown_and_deleted(serve: "Serve") -> None:
         assert not adapter.HasField("last_used_time")
         assert (api.store.blob(adapter.version) / "adapter_model.safetensors").read_bytes() == DATA
 
-        api.engine.resident = {adapter.version}
-        shown = await api.unary("GetAdapter", adapters_pb2.GetAdapterRequest(adapter_id="a1"))
-        assert shown.adapter.residency == adapters_pb2.ADAPTER_RESIDENCY_DEVICE
-        assert shown.adapter.etag == adapter.etag
+        assert await api.get("a1") == adapter
+        for tier, residency in (
+            (Tier.HOST, adapters_pb2.ADAPTER_RESIDENCY_HOST),
+            (Tier.DEVICE, adapters_pb2.ADAPTER_RESIDENCY_DEVICE),
+        ):
+            api.engine.tiers[adapter.version] = tier
+            assert (await api.get("a1")).residency == residency
         call = api.generate(adapter_id="a1", text="x")
         await call.read()
+        shown = await api.get("a1")
+        assert shown.HasField("last_used_time")
+        assert shown.references == 1
         call.cancel()
-        shown = await api.unary("GetAdapter", adapters_pb2.GetAdapterRequest(adapter_id="a1"))
-        assert shown.adapter.HasField("last_used_time")
+        while (await api.get("a1")).references:
+            await asyncio.sleep(0.01)
 
-        request = adapters_pb2.DeleteAdapterRequest(adapter_id="a1")
-        await api.unary("DeleteAdapter", request)
-        error = await api.failure(api.unary("DeleteAdapter", request))
+        await api.delete("a1")
+        error = await api.failure(api.delete("a1"))
         assert error.reason == "ADAPTER_NOT_FOUND"
-        assert api.uploads_left() == []
+        assert api.partials() == []
 
     serve(scenario)
 
@@ -76,6 +82,23 @@ def test_the_same_content_again_needs_no_bytes(serve: "Serve") -> None:
         assert second.adapter.version == first.adapter.version
 
     serve(scenario)
+
+
+def test_content_that_rotted_since_the_last_start_comes_again(serve: "Serve") -> None:
+    async def first(api: "Api") -> None:
+        blob = api.store.blob(await api.publish("a1", DATA))
+        (blob / "adapter_model.safetensors").write_bytes(DATA[::-1])
+
+    async def second(api: "Api") -> None:
+        error = await api.failure(api.upload([header("a1", DATA)]))
+        assert error.reason == "UPLOAD_INCOMPLETE"
+        answer = await api.upload(whole("a1"))
+        assert (answer.created, answer.adapter.state) == (False, adapters_pb2.ADAPTER_STATE_READY)
+        blob = api.store.blob(answer.adapter.version)
+        assert (blob / "adapter_model.safetensors").read_bytes() == DATA
+
+    serve(first)
+    serve(second)
 
 
 def test_other_content_under_the_same_name_is_refused_at_once(serve: "Serve") -> None:
@@ -145,15 +168,15 @@ BAD_HEADERS: list[tuple[dict[str, Any], Any, str, str]] = [
     ({"adapter_config_json": "{"}, INVALID, "ADAPTER_INVALID", "adapter_config.json"),
     ({"adapter_config_json": '{"peft_type": "IA3"}'}, INVALID, "ADAPTER_INVALID", "peft_type"),
     ({"visibility": 99}, INVALID, "INVALID_FIELD", "header.visibility"),
-    *(
-        (fields, StatusCode.UNIMPLEMENTED, "NOT_IMPLEMENTED", f"header.{name}")
-        for name, fields in (
-            ("resume_offset", {"resume_offset": 1}),
-            ("replace", {"replace": True}),
-            ("if_match_etag", {"if_match_etag": "e"}),
-            ("visibility = SHARED", {"visibility": adapters_pb2.ADAPTER_VISIBILITY_SHARED}),
-        )
+    (
+        {"visibility": adapters_pb2.ADAPTER_VISIBILITY_SHARED},
+        *(StatusCode.UNIMPLEMENTED, "NOT_IMPLEMENTED", "header.visibility = SHARED"),
     ),
+    (
+        {"resume_offset": 1},
+        *(StatusCode.OUT_OF_RANGE, "OFFSET_MISMATCH", "header.resume_offset"),
+    ),
+    ({"if_match_etag": "e"}, StatusCode.ABORTED, "ETAG_MISMATCH", "header.if_match_etag"),
 ]
 
 SIZE = len(DATA)
@@ -166,7 +189,6 @@ BAD_STREAMS = [
     ([*whole("a1"), chunk(0, DATA)], INVALID, "UPLOAD_OUT_OF_ORDER", None),
     ([*whole("a1"), FINISH], INVALID, "UPLOAD_OUT_OF_ORDER", None),
     ([header("a1", DATA)], StatusCode.ABORTED, "UPLOAD_INCOMPLETE", None),
-    ([header("a1", DATA), chunk(0, DATA)], StatusCode.ABORTED, "UPLOAD_INCOMPLETE", None),
     ([header("a1", DATA), FINISH], INVALID, "INVALID_FIELD", "header.total_size"),
     (
         [header("a1", DATA), chunk(0, DATA[1:]), FINISH],
@@ -193,6 +215,7 @@ BAD_STREAMS = [
         *(StatusCode.DATA_LOSS, "SHA256_MISMATCH", "header.sha256"),
     ),
     (whole("a1", b"bad"), INVALID, "ADAPTER_INVALID", "model.layers.0.lora_A"),
+    ([header("a1", DATA), chunk(0, DATA)], StatusCode.ABORTED, "UPLOAD_INCOMPLETE", None),  # kept
 ]
 
 
@@ -207,9 +230,10 @@ def test_bad_uploads_leave_nothing_behind(serve: "Serve") -> None:
             error = await api.failure(api.upload(messages))
             found = (error.code, error.reason, error.field)
             assert found == (code, reason, field), str(messages)[:300]
-            assert api.uploads_left() == []
+            assert len(api.partials()) == (messages is BAD_STREAMS[-1][0])
         assert api.store.list(0, "")[0] == ()
-        assert (await api.upload(whole("a1"))).created  # the name was freed each time
+        changes = {"upload_id": UPLOAD_ID}
+        assert (await api.upload(whole("a1", **changes))).created  # the name was freed each time
         assert api.sample("loraplex_adapter_uploads_total", code="OK") == 1
         assert api.sample("loraplex_adapter_uploads_total", code="DataLoss") == 2
 
@@ -236,7 +260,7 @@ def test_a_stream_that_stalls(serve: "Serve", sent: int) -> None:
     async def scenario(api: "Api") -> None:
         error = await api.failure(api.upload(messages()))
         assert (error.code, error.reason) == (StatusCode.DEADLINE_EXCEEDED, "UPLOAD_STALLED")
-        assert api.uploads_left() == []
+        assert len(api.partials()) == (sent == 2)  # it may go on
 
     serve(scenario, stall_seconds=0.2)
 
@@ -253,14 +277,14 @@ def test_one_upload_a_name_and_a_cancelled_one_frees_it(serve: "Serve") -> None:
     async def scenario(api: "Api") -> None:
         first = api.method("AdapterService", "UploadAdapter")(messages(), timeout=20)
         await held.wait()
-        while not api.uploads_left():
+        while not api.partials():
             await asyncio.sleep(0.01)
-        error = await api.failure(api.upload(whole("a1")))
+        error = await api.failure(api.upload(whole("a1", b"other")))
         assert (error.code, error.reason) == (StatusCode.ABORTED, "UPLOAD_IN_PROGRESS")
         assert (await api.upload(whole("a2"))).created
         first.cancel()
-        while api.uploads_left():
+        while not api.sample("loraplex_adapter_uploads_total", code="Canceled"):
             await asyncio.sleep(0.01)
-        assert (await api.upload(whole("a1"))).created
+        assert (await api.upload(whole("a1", b"other"))).created
 
     serve(scenario)

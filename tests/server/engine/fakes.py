@@ -17,10 +17,18 @@ BROKEN = 667  # and this one fails the whole step
 class Packed:
     digest: str
     num_blocks: int = 2
+    num_bytes: int = 100
 
 
 def token_at(prompt: Seq[int], position: int) -> int:
     return (sum(prompt) * 31 + position * 7) % 1000
+
+
+def contents_of(sequence: Sequence) -> str | None:
+    """What its slot must hold."""
+    if sequence.blend:
+        return " + ".join(f"{part.weight} {part.digest}" for part in sequence.blend)
+    return sequence.digest
 
 
 class Gate:
@@ -53,16 +61,21 @@ class Gate:
 
 
 class FakeRunner:
+    """A step pretends to take `seconds`."""
+
     def __init__(self) -> None:
         self.gate = Gate()
+        self.seconds = 0.0
+        self.pretended = 0.0
         self.copied: list[tuple[str, tuple[int, ...]]] = []
-        self.bound: dict[int, str] = {}
+        self.bound: dict[int, str] = {}  # a slot's digest, or what a blend is made of
 
     def run(self, rows: Seq[Scheduled]) -> list[Sampled]:
         self.gate.enter()
+        self.pretended += self.seconds
         for row in rows:
-            slot, digest = row.sequence.slot, row.sequence.digest
-            assert (None if slot is None else self.bound[slot]) == digest
+            slot = row.sequence.slot
+            assert (None if slot is None else self.bound[slot]) == contents_of(row.sequence)
         if any(BROKEN in row.sequence.prompt_token_ids for row in rows):
             raise ValueError("the device is on fire")
         return [self.draw(row.sequence) for row in rows if row.samples]
@@ -80,6 +93,11 @@ class FakeRunner:
     def bind_slot(self, slot: int, packed: Packed, blocks: Seq[int]) -> None:
         assert (packed.digest, tuple(blocks)) in self.copied
         self.bound[slot] = packed.digest
+
+    def bind_blend(self, slot: int, members: Seq[tuple[int, float]]) -> None:
+        self.bound[slot] = " + ".join(
+            f"{weight} {self.bound[member]}" for member, weight in members
+        )
 
 
 class FakeLoader:

@@ -78,15 +78,22 @@ class LazyCopyStream:
     def __init__(self, stream: LazyStream, compute: LazyStream) -> None:
         self.stream = stream
         self.compute = compute
+        self._pinned: list[Tensor] = []  # kept, so that nothing else comes to lie there
 
     def pinned(self, num_bytes: int) -> Tensor:
-        return torch.zeros(num_bytes, dtype=torch.uint8)
+        self._pinned.append(torch.zeros(num_bytes, dtype=torch.uint8))
+        return self._pinned[-1]
+
+    def is_pinned(self, source: Tensor) -> bool:
+        place = source.untyped_storage().data_ptr()
+        return any(memory.untyped_storage().data_ptr() == place for memory in self._pinned)
 
     def after_steps(self) -> None:
         number = self.compute.num_given
         self.stream.give(lambda: self.compute.finish(number))
 
     def copy(self, destination: Tensor, source: Tensor) -> None:
+        assert self.is_pinned(source), "a device reads pinned memory only"
         self.stream.give(lambda: destination.copy_(source))
 
     def record(self) -> LazyEvent:

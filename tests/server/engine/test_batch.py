@@ -3,11 +3,13 @@
 from dataclasses import replace
 
 import torch
+from loraplex.adapters.packing import Placed
 from loraplex.engine.batch import DeviceMemory, build_input
 from loraplex.engine.scheduler import Scheduled
 from loraplex.engine.sequence import SamplingParams, Sequence, StopParams
 from loraplex_kernels.segments import Segment
-from loraplex_kernels.tables import AdapterTables
+from loraplex_kernels.tables import AdapterTables, Granule, OutputScale
+from loraplex_kernels.vocabulary import CutMatrix, Vocabulary, VocabularyLora
 
 BLOCK_TOKENS = 4
 
@@ -25,8 +27,11 @@ def row(
     start: int,
     num_tokens: int,
     slot: int | None = None,
+    adapter_start: int = 0,
 ) -> Scheduled:
-    sequence = Sequence("r", prompt, SamplingParams(), StopParams(100), slot=slot)
+    sequence = Sequence(
+        "r", prompt, SamplingParams(), StopParams(100), slot=slot, adapter_start=adapter_start
+    )
     sequence.output_token_ids = output
     sequence.block_table = blocks
     return Scheduled(sequence, start, num_tokens, start + num_tokens == sequence.num_tokens)
@@ -95,3 +100,52 @@ def test_a_step_without_adapters_or_samples() -> None:
     assert step.lora.segments == ()
     assert step.lora.segment_table is not None
     assert step.lora.segment_table.shape == (0, 3)
+
+
+def test_an_activated_adapter_acts_from_its_start_on() -> None:
+    prompt = list(range(60, 66))
+    rows = (
+        row(prompt, [70], [0, 1], 6, 1, slot=2, adapter_start=6),
+        row(prompt, [70], [2, 3], 6, 1, slot=2, adapter_start=7),
+        row(prompt, [], [4, 5], 1, 5, slot=2, adapter_start=4),  # a chunk that reaches over it
+        row(prompt, [], [6, 7], 0, 4, slot=2, adapter_start=4),  # one that ends before it
+    )
+    step = build_input(rows, memory())
+    assert step.lora.segments == (Segment(2, 0, 1), Segment(2, 5, 7))
+
+
+WIDE, NARROW = CutMatrix(9, 2, 9, (0,)), CutMatrix(2, 4, 2, (64,))
+UPDATE = VocabularyLora(WIDE, NARROW, 1.0)
+
+
+def test_rows_whose_adapters_reach_into_the_vocabulary() -> None:
+    shared = memory()
+    shared.bind(1, Placed((), vocabulary=Vocabulary(head=(UPDATE,))))
+    shared.bind(3, Placed((), vocabulary=Vocabulary(embedding=(UPDATE,))))
+    activated = row([50, 51], [], [10], 0, 2, slot=1, adapter_start=2)
+    rows = build_input((*ROWS, activated), shared).vocabulary
+    assert rows is not None
+    assert rows.segments == (Segment(1, 1, 7), Segment(3, 7, 12))
+    assert rows.logits_segments == (Segment(1, 1, 3), Segment(3, 3, 4))
+    assert rows.slots[1] == Vocabulary(head=(UPDATE,))
+    assert rows.arena is shared.arena
+    assert build_input(ROWS[:1], shared).vocabulary is None
+    assert shared.eager_slots == {1, 3}
+
+
+def test_a_slot_is_what_was_bound_last_and_nothing_else() -> None:
+    shared = memory()
+    granule = Granule(0, 2, 0, 64, 128, 0.5)
+    dora = Placed((granule,), (OutputScale(0, 2, 256),))
+    shared.bind(3, dora)
+    assert build_input(ROWS, shared).lora.has_output_scales
+    assert not build_input(ROWS[:4], shared).lora.has_output_scales
+    assert shared.tables.granules(3, 0, 2) == [(64, 128, 0.5)]
+    shared.bind(3, Placed((), vocabulary=Vocabulary((UPDATE,))))
+    step = build_input(ROWS, shared)
+    assert not step.lora.has_output_scales
+    assert shared.tables.granules(3, 0, 2) == []
+    assert step.vocabulary is not None
+    shared.bind(3, Placed((granule,)))
+    assert build_input(ROWS, shared).vocabulary is None
+    assert shared.eager_slots == set()

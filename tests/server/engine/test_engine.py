@@ -1,29 +1,11 @@
-"""The engine with a fake device: what each request gets, whatever the others do.
-
-The fake model's token is a function of the prompt's sum and the number of tokens so far, and a step
-waits for a permit, so that a test says how far the engine thread may go.
-"""
+"""The engine with a fake device: what each request gets, whatever the others do."""
 
 import asyncio
-import functools
-import threading
 import weakref
-from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
-from typing import Any, ParamSpec
 
 import pytest
-from loraplex.adapters.pool import AdapterPool
-from loraplex.engine.arena import Arena, Use
-from loraplex.engine.engine import (
-    MAX_FAILED_STEPS,
-    Engine,
-    EngineConfig,
-    EngineState,
-    StepRecord,
-)
-from loraplex.engine.scheduler import Scheduler, SchedulerConfig
+from loraplex.adapters.tiers import Tier
+from loraplex.engine.engine import MAX_FAILED_STEPS
 from loraplex.engine.sequence import (
     Finished,
     FinishReason,
@@ -32,142 +14,10 @@ from loraplex.engine.sequence import (
     StopParams,
     Tokens,
 )
-from loraplex.engine.stream import TokenStream
 from loraplex.errors import RequestError
 
-from tests.server.engine.fakes import (
-    BROKEN,
-    SICK,
-    FakeLoader,
-    FakeRunner,
-    Packed,
-    token_at,
-)
-
-P = ParamSpec("P")
-
-
-@dataclass
-class Records:
-    steps: list[StepRecord] = field(default_factory=list)
-    states: list[EngineState] = field(default_factory=list)
-    loads: list[tuple[str, str | None]] = field(default_factory=list)
-    is_broken: bool = False
-
-    def on_step(self, record: StepRecord) -> None:
-        self.steps.append(record)
-
-    def on_state(self, state: EngineState) -> None:
-        if self.is_broken:
-            raise OSError("the step log's disk is full")
-        self.states.append(state)
-
-    def on_load(self, digest: str, seconds: float, error: RequestError | None) -> None:
-        assert seconds >= 0
-        self.loads.append((digest, None if error is None else error.reason.name))
-
-
-class House:
-    """An engine and its fakes."""
-
-    def __init__(
-        self, num_blocks: int = 200, max_live: int = 100, stream_limit: int = 5000
-    ) -> None:
-        self.arena = Arena(num_blocks)
-        pool = AdapterPool(self.arena, num_slots=4)
-        self.scheduler = Scheduler(self.arena, pool, SchedulerConfig(4, 16, 64))
-        self.runner, self.loader, self.records = FakeRunner(), FakeLoader(), Records()
-        self.gate = self.runner.gate
-        self.engine = Engine(
-            self.scheduler,
-            self.runner,
-            self.loader,
-            self.records,
-            EngineConfig(max_live, stream_limit),
-        )
-
-    def submit(
-        self, request_id: str, prompt: list[int], max_tokens: int = 5, digest: str | None = None
-    ) -> TokenStream:
-        stop = StopParams(max_tokens)
-        name = f"my-{digest}" if digest else ""
-        return self.engine.submit(
-            Sequence(request_id, prompt, SamplingParams(), stop, digest, adapter_id=name)
-        )
-
-    def steps_with(self, request_id: str) -> list[StepRecord]:
-        return [step for step in self.records.steps if request_id in step.request_ids]
-
-    async def hold_a_step(self) -> None:
-        """With a step on the device; what is submitted now comes into the next one together."""
-        self.gate.hold()
-        self.submit("plug", [0], 1)
-        await self.until(lambda: self.gate.is_waited_at)
-
-    async def until(self, condition: Callable[[], bool]) -> None:
-        while not condition():
-            await asyncio.sleep(0.001)
-
-
-@asynccontextmanager
-async def house(
-    num_blocks: int = 200, max_live: int = 100, stream_limit: int = 5000
-) -> AsyncIterator[House]:
-    """However a test goes, afterwards the thread is gone and the memory is back."""
-    built = House(num_blocks, max_live, stream_limit)
-    built.engine.start()
-    try:
-        async with asyncio.timeout(20):
-            yield built
-    finally:
-        built.gate.allow()
-        await built.engine.stop()
-    assert "loraplex-engine" not in {thread.name for thread in threading.enumerate()}
-    built.scheduler.check_integrity()
-    assert built.arena.count(Use.KV) == 0
-    assert built.engine.num_live == 0
-
-
-async def outcome(stream: TokenStream) -> tuple[list[int], str]:
-    """The tokens, and the finish reason or the error's."""
-    token_ids: list[int] = []
-    try:
-        async for event in stream:
-            if isinstance(event, Finished):
-                return token_ids, event.reason.value
-            token_ids += event.token_ids
-    except RequestError as error:
-        return token_ids, error.reason.name
-    raise AssertionError("the stream ended without an end")
-
-
-def expected(prompt: list[int], max_tokens: int = 5) -> tuple[list[int], str]:
-    return [token_at(prompt, position) for position in range(max_tokens)], "length"
-
-
-def on_a_loop(test: Callable[P, Coroutine[Any, Any, None]]) -> Callable[P, None]:
-    @functools.wraps(test)
-    def run(*args: P.args, **kwargs: P.kwargs) -> None:
-        asyncio.run(test(*args, **kwargs))
-
-    return run
-
-
-@on_a_loop
-async def test_many_streams_in_a_small_arena() -> None:
-    """Room for a fraction of them at a time, adapters come and go, some give way and come back."""
-    async with house(num_blocks=24) as h:
-        digests = [None, "a", "b", "c", "d", "e", "f"]
-        requests = [
-            (f"r{index}", [index] * (1 + index % 13), 3 + index % 20, digests[index % 7])
-            for index in range(60)
-        ]
-        streams = [h.submit(*request) for request in requests]
-        outcomes = await asyncio.gather(*map(outcome, streams))
-        assert outcomes == [expected(prompt, n) for _, prompt, n, _ in requests]
-        assert sum(step.num_preempted for step in h.records.steps) > 0
-        assert len(h.records.loads) > 6
-        assert h.records.states[-1].num_running == h.records.states[-1].num_waiting == 0
+from tests.server.engine.fakes import BROKEN, SICK, Packed, token_at
+from tests.server.engine.house import House, expected, house, on_a_loop, outcome
 
 
 @on_a_loop
@@ -201,7 +51,7 @@ async def test_two_adapters_decode_in_one_step() -> None:
         assert len(mixed) >= 10
         assert {s.num_tokens for s in mixed} == {(1, 1, 1)}
         assert [s.number for s in h.records.steps] == [*range(1, len(h.records.steps) + 1)]
-        assert all(h.engine.residency(digest) for digest in "ab")
+        assert {h.engine.residency(digest) for digest in "ab"} == {Tier.DEVICE}
 
 
 @on_a_loop
@@ -314,7 +164,7 @@ async def test_loading_does_not_stall_the_others() -> None:
         waiting = h.submit("waiting", [1], digest="slow")
         for index in range(3):
             assert await outcome(h.submit(f"r{index}", [index])) == expected([index])
-        assert not h.engine.residency("slow")
+        assert h.engine.residency("slow") is Tier.DISK
         assert h.steps_with("waiting") == []
         h.loader.reads["slow"].set_result(Packed("slow"))
         assert await outcome(waiting) == expected([1])
@@ -324,7 +174,7 @@ async def test_loading_does_not_stall_the_others() -> None:
 
 @on_a_loop
 async def test_an_adapter_read_for_nobody_is_let_go() -> None:
-    async with house() as h:
+    async with house(host_bytes=0) as h:
         h.loader.instant = False
         h.submit("gone", [1], digest="a")
         await h.until(lambda: "a" in h.loader.reads)

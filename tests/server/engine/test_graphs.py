@@ -23,7 +23,7 @@ from loraplex.engine.scheduler import Scheduled
 from loraplex.engine.sequence import SamplingParams, Sequence, StopParams
 from loraplex.model.decoder import DecoderInput
 from loraplex_kernels.segments import NO_ADAPTER, TILE_ROWS
-from loraplex_kernels.tables import AdapterTables
+from loraplex_kernels.tables import AdapterTables, OutputScale
 from torch import Tensor
 
 from tests.server.engine.lazy_streams import LazyCopyStream, LazyDevice, LazyStream
@@ -132,9 +132,12 @@ def _copy_tables(logits: Tensor, tables: Tensor) -> None:
     logits[:, 5] = 0
 
 
-def inputs_of(device: FakeDevice, max_rows: int = MAX_ROWS) -> DecodeInputs:
+def inputs_of(
+    device: FakeDevice, max_rows: int = MAX_ROWS, tables: AdapterTables | None = None
+) -> DecodeInputs:
     arena = torch.zeros(64, dtype=torch.uint8)
-    memory = DeviceMemory(arena, torch.float32, AdapterTables(2, 1, 7, 16, CPU), BLOCK_TOKENS)
+    tables = tables or AdapterTables(2, 1, 7, 16, CPU)
+    memory = DeviceMemory(arena, torch.float32, tables, BLOCK_TOKENS)
     stream = LazyCopyStream(device.compute, device.compute)
     return DecodeInputs(memory, max_rows, MAX_BLOCKS, stream)
 
@@ -264,6 +267,30 @@ def test_other_steps_are_left_to_the_caller() -> None:
     assert graphs.run([row([3], 0), chunk]) is None
     assert graphs.run([row([3], 0)] * 5) is None
     assert graphs.run([row([3], 0)] * 4) is not None
+
+
+def test_a_row_whose_adapter_scales_outputs_makes_its_step_eager() -> None:
+    """The others go on, and so do its slot's rows once another adapter has the slot."""
+    device, tables = FakeDevice(), AdapterTables(2, 1, 7, 16, CPU)
+    graphs = DecodeGraphs.capture(device.forward, inputs_of(device, tables=tables), device)
+    mixed, others = [row([3], 0), row([1], 0, slot=1)], [row([3], 0), row([2], 0, slot=0)]
+    tables.write(1, [], [OutputScale(0, 6, 0)])
+    assert graphs.run(mixed) is None
+    assert graphs.run(others) is not None
+    tables.write(1, [])
+    assert graphs.run(mixed) is not None
+
+
+def test_a_row_before_its_adapters_start_has_no_adapter() -> None:
+    """A prompt's chunk of one token, of an adapter that acts from an invocation on."""
+    device = FakeDevice()
+    graphs = graphs_of(device)
+    chunk = row([3, 1], 5, slot=1, samples=False)
+    for adapter_start, slot in ((6, NO_ADAPTER), (5, 1)):
+        chunk.sequence.adapter_start = adapter_start
+        graphs.run([chunk])
+        device.streams.synchronize()
+        assert device.seen[-1][0, 4] == slot
 
 
 def test_what_is_padding_at_first_is_all_of_it() -> None:

@@ -1,5 +1,8 @@
 """The runner's steps: eager, replayed, and those before the first request."""
 
+from typing import Any
+
+import pytest
 import torch
 from loraplex.engine.batch import DeviceMemory
 from loraplex.engine.graphs import DecodeGraphs, DecodeInputs, Forward
@@ -15,10 +18,11 @@ from loraplex_kernels.reference import TorchOps
 
 from tests.server.engine.lazy_streams import LazyCopyStream, LazyDevice
 from tests.server.engine.recorded_graphs import Recorder
+from tests.server.engine.tiny_llama import CONFIG as CONFIG_OF_MODEL
 from tests.server.engine.tiny_llama import CPU, MAX_ROWS, TinyLlama
 
 CONFIG = RunnerConfig(
-    num_blocks=16, max_slots=1, max_rank=16, max_rows=80, max_running=MAX_ROWS, device=CPU
+    num_blocks=16, max_slots=3, max_rank=32, max_rows=80, max_running=MAX_ROWS, device=CPU
 )
 
 
@@ -66,13 +70,56 @@ def test_captured_steps_draw_what_eager_ones_do() -> None:
     assert sum(graph.num_replays for graph in recorder.graphs) == 3
 
 
+def logprobs(runner: ModelRunner, slot: int | None) -> dict[int, float]:
+    """Of every token after one prompt, by the adapter in this slot."""
+    params = SamplingParams(temperature=0.0, num_logprobs=CONFIG_OF_MODEL.vocab_size)
+    sequence = Sequence("a", [1, 2, 3], params, StopParams(9), block_table=[15], slot=slot)
+    (sampled,) = runner.run([Scheduled(sequence, 0, 3, True)])
+    assert sampled.logprobs is not None
+    return dict(sorted(sampled.logprobs.top))
+
+
+def test_a_blend_is_the_weighted_sum_of_what_its_members_slots_hold() -> None:
+    made = runner(TorchOps())
+    packed = TinyLlama(torch.float32, 16, 1).adapter([16, 0, 8, 0, 0, 0, 4])
+    blocks = list(range(packed.num_blocks))
+    made.copy_adapter(packed, blocks)
+    made.bind_slot(0, packed, blocks)
+    made.bind_slot(1, packed, blocks)
+    made.bind_blend(2, [(0, 0.25), (1, 0.75)])
+    assert logprobs(made, 2) == pytest.approx(logprobs(made, 0), abs=1e-5)
+    assert logprobs(made, 0) != pytest.approx(logprobs(made, None), abs=1e-2)
+    made.bind_blend(2, [(0, 1.0), (1, -1.0)])
+    assert logprobs(made, 2) == pytest.approx(logprobs(made, None), abs=1e-5)
+
+
+def test_the_steps_keep_their_threads_whatever_others_ask_of_torch() -> None:
+    """Torch gives a new thread the number that any thread last set."""
+    made, before, seen = runner(TorchOps()), torch.get_num_threads(), []
+    torch.set_num_threads(before + 1)
+    try:
+        steps(made)
+        seen.append(torch.get_num_threads())
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [before]
+
+
 def test_the_warm_up_runs_every_kind_of_step() -> None:
-    lengths = []
+    lengths, scaled = [], []
 
     class Seen(TorchOps):
         def silu_mul(self, gate_up: torch.Tensor, out: torch.Tensor) -> None:
             lengths.append(len(out))
             super().silu_mul(gate_up, out)
 
-    runner(Seen()).warm_up()
-    assert sorted(set(lengths)) == [1, 2, 65]
+        def scale_output_(self, out: torch.Tensor, *rest: Any) -> None:
+            scaled.append(len(out))
+            super().scale_output_(out, *rest)
+
+    warm = runner(Seen())
+    plain = logprobs(warm, 0)
+    lengths.clear()
+    warm.warm_up()
+    assert sorted(set(lengths)) == sorted(set(scaled)) == [1, 2, 65]
+    assert logprobs(warm, 0) == plain

@@ -1,40 +1,61 @@
-"""Random traffic through scheduler, arena and pool with a model that reads what memory holds.
+"""Random traffic through scheduler, pool, arena and supply, the model reading what memory holds.
 
 The fake model's next token is a sum over the (adapter, token, position) triples that it finds in
-the sequence's blocks. So a block given to two owners, KV that a preemption lost, or an adapter
-overwritten while in use all end in another text than the same request gives alone.
+the sequence's blocks, and what the adapter is it finds through its slot, in the blocks that the
+slot points to. So a block given to two owners, KV that a preemption lost, an adapter overwritten or
+a slot bound anew while in use all end in another text than the same request gives alone.
 """
 
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from loraplex.adapters.pool import AdapterPool, Load
+from loraplex.adapters.pool import AdapterPool
+from loraplex.adapters.tiers import HostTier, Tier
 from loraplex.engine.arena import Arena, Use
 from loraplex.engine.scheduler import Sampled, Scheduled, Scheduler, SchedulerConfig, Step
 from loraplex.engine.sequence import (
+    BlendPart,
     FinishReason,
     Phase,
     SamplingParams,
     Sequence,
     StopParams,
 )
+from loraplex.engine.supply import Supply
 from loraplex.errors import RequestError
 
-DIGESTS = "abcde"
+DIGESTS = "abcdef"
+OWNERS = "xy"
 VOCAB = 50
 STOP = 7
 MAX_DRAIN_STEPS = 1000
+TORN = -1  # in a block that is being copied
 
+VERSIONS = st.sampled_from(DIGESTS)
+BLENDS = st.dictionaries(VERSIONS, st.integers(1, 3), min_size=1, max_size=3)
 REQUESTS = st.tuples(
     st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=12),
-    st.sampled_from([None, *DIGESTS]),
+    st.one_of(st.none(), VERSIONS, VERSIONS, BLENDS),
     st.integers(1, 16),  # max_tokens
 )
 
 Cell = tuple[int, int, int]  # what a token's KV is made of: adapter, token, position
+
+
+@dataclass(frozen=True)
+class Packed:
+    digest: str
+    num_blocks: int
+
+    @property
+    def num_bytes(self) -> int:
+        return self.num_blocks
 
 
 def next_token(cells: list[Cell]) -> int:
@@ -44,15 +65,27 @@ def next_token(cells: list[Cell]) -> int:
     return mixed % VOCAB
 
 
-def adapter_mark(digest: str | None) -> int:
-    return 0 if digest is None else DIGESTS.index(digest) + 1
+def mark_of(digest: str) -> int:
+    """So that no sums of a few are the same."""
+    return int(10 ** DIGESTS.index(digest))
+
+
+def request_of(
+    request_id: str, prompt: list[int], adapter: str | dict[str, int] | None, max_tokens: int
+) -> Sequence:
+    stop = StopParams(max_tokens, stop_token_ids=frozenset({STOP}))
+    if not isinstance(adapter, dict):
+        return Sequence(request_id, prompt, SamplingParams(), stop, adapter)
+    blend = tuple(BlendPart(*part) for part in sorted(adapter.items()))
+    return Sequence(request_id, prompt, SamplingParams(), stop, f"blend {blend}", blend=blend)
 
 
 def text_of(sequence: Sequence) -> list[int]:
     """The output that a sequence has when it runs alone in boundless memory."""
     tokens = list(sequence.prompt_token_ids)
     output: list[int] = []
-    mark = adapter_mark(sequence.digest)
+    parts = sequence.blend or [BlendPart(version, 1) for version in sequence.versions]
+    mark = sum(int(part.weight) * mark_of(part.digest) for part in parts)
     while len(output) < sequence.stop.max_tokens and STOP not in output:
         output.append(next_token([(mark, token, at) for at, token in enumerate(tokens)]))
         tokens.append(output[-1])
@@ -61,21 +94,38 @@ def text_of(sequence: Sequence) -> list[int]:
 
 @dataclass
 class Device:
-    """Block contents: an adapter's mark, or a cell for each token. A stand-in for the runner."""
+    """Block contents: an adapter's mark, or a cell for each token; and where slots point."""
 
     block_tokens: int
     blocks: dict[int, int | list[Cell | None]] = field(default_factory=dict)
+    slots: dict[int, list[tuple[int, list[int]]]] = field(default_factory=dict)  # weight, blocks
 
-    def copy_adapter(self, load: Load) -> None:
-        for block in load.blocks:
-            self.blocks[block] = adapter_mark(load.digest)
+    def copy_adapter(self, packed: Packed, blocks: Seq[int]) -> None:
+        for block in blocks:
+            self.blocks[block] = mark_of(packed.digest)
 
-    def run(self, row: Scheduled, adapter_blocks: list[int]) -> int:
+    def bind_slot(self, slot: int, packed: Packed, blocks: Seq[int]) -> None:
+        self.slots[slot] = [(1, list(blocks))]
+
+    def bind_blend(self, slot: int, members: Seq[tuple[int, float]]) -> None:
+        self.slots[slot] = [
+            (int(weight) * inner, blocks)
+            for member, weight in members
+            for inner, blocks in self.slots[member]
+        ]
+
+    def mark(self, slot: int | None) -> int:
+        total = 0
+        for weight, blocks in [] if slot is None else self.slots[slot]:
+            marks = {mark for block in blocks if isinstance(mark := self.blocks[block], int)}
+            assert len(marks) == 1, "an adapter was overwritten"
+            assert TORN not in marks, "an adapter is used before it is there"
+            total += weight * marks.pop()
+        return total
+
+    def run(self, row: Scheduled) -> int:
         """Write the row's KV, then read the whole context back."""
-        marks = {self.blocks[block] for block in adapter_blocks} or {0}
-        assert marks == {adapter_mark(row.sequence.digest)}, "an adapter was overwritten"
-        (mark,) = marks
-        assert isinstance(mark, int)
+        mark = self.mark(row.sequence.slot)
         table, end = row.sequence.block_table, row.start + row.num_tokens
         tokens = row.sequence.token_ids(row.start, end)
         assert len(tokens) == row.num_tokens
@@ -96,14 +146,54 @@ class Device:
         return cell
 
 
+@dataclass
+class Disk:
+    """A loader whose reads and copies end when, and as, the machine says."""
+
+    sizes: dict[str, int]
+    reads: dict[str, "Future[Packed]"] = field(default_factory=dict)
+    copies: list[tuple[Callable[[], None], "Future[None]"]] = field(default_factory=list)
+
+    def read(self, digest: str) -> "Future[Packed]":
+        assert digest not in self.reads, "read twice at a time"
+        self.reads[digest] = Future()
+        return self.reads[digest]
+
+    def run(self, work: Callable[[], None]) -> "Future[None]":
+        self.copies.append((work, Future()))
+        return self.copies[-1][1]
+
+    def end_read(self, digest: str, fails: bool) -> None:
+        future = self.reads.pop(digest)
+        if fails:
+            future.set_exception(RequestError("ADAPTER_UNUSABLE", "damaged"))
+        else:
+            future.set_result(Packed(digest, self.sizes[digest]))
+
+    def end_copy(self, index: int, fails: bool) -> None:
+        work, future = self.copies.pop(index)
+        if fails:
+            future.set_exception(RequestError("STORE_UNAVAILABLE", "gone"))
+        else:
+            work()
+            future.set_result(None)
+
+
+class Quiet:
+    def on_load(self, digest: str, seconds: float, error: RequestError | None) -> None: ...
+
+    def on_evictions(self, tier: Tier, count: int) -> None: ...
+
+
 class SchedulerMachine(RuleBasedStateMachine):
     @initialize(
         num_blocks=st.integers(8, 40),
-        num_slots=st.integers(1, 4),
+        num_slots=st.integers(1, 6),
         block_tokens=st.integers(1, 3),
         max_running=st.integers(2, 6),
         max_step_tokens=st.sampled_from([1, 3, 8, 16, 32]),
         sizes=st.lists(st.integers(1, 9), min_size=len(DIGESTS), max_size=len(DIGESTS)),
+        host_blocks=st.sampled_from([0, 0, 6, 15, 100]),
     )
     def start(
         self,
@@ -113,6 +203,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_running: int,
         max_step_tokens: int,
         sizes: list[int],
+        host_blocks: int,
     ) -> None:
         self.sizes = dict(zip(DIGESTS, sizes, strict=True))
         self.arena = Arena(num_blocks)
@@ -120,21 +211,30 @@ class SchedulerMachine(RuleBasedStateMachine):
         limits = SchedulerConfig(block_tokens, max_running, max_step_tokens)
         self.scheduler = Scheduler(self.arena, self.pool, limits)
         self.device = Device(block_tokens)
+        self.disk = Disk(self.sizes)
+        self.host: HostTier[Packed] = HostTier(host_blocks)
+        self.inbox: list[Callable[[], None]] = []
+        self.supply: Supply[Packed] = Supply(
+            self.scheduler,
+            self.device,
+            self.disk,
+            self.host,
+            Quiet(),
+            clock=lambda: 0.0,
+            post=self.inbox.append,
+            fail=self.fail_waiting,
+        )
         self.live: list[Sequence] = []
-        self.reading: list[str] = []
-        self.packed: dict[str, int] = {}  # what the engine hands to schedule()
-        self.copying: list[Load] = []
         self.num_added = 0
 
     # Requests come and go.
 
     @precondition(lambda self: len(self.live) < 10)
     @rule(requests=st.lists(REQUESTS, min_size=1, max_size=4))
-    def add(self, requests: list[tuple[list[int], str | None, int]]) -> None:
-        for prompt, digest, max_tokens in requests:
+    def add(self, requests: list[tuple[list[int], str | dict[str, int] | None, int]]) -> None:
+        for prompt, adapter, max_tokens in requests:
             self.num_added += 1
-            stop = StopParams(max_tokens, stop_token_ids=frozenset({STOP}))
-            sequence = Sequence(f"r{self.num_added}", prompt, SamplingParams(), stop, digest)
+            sequence = request_of(f"r{self.num_added}", prompt, adapter, max_tokens)
             self.live.append(sequence)
             self.scheduler.add(sequence)
 
@@ -145,39 +245,36 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.live.remove(sequence)
         self.scheduler.abort(sequence)
 
-    # Adapters are read from disk and copied, or fail at either.
+    # Adapters are read from disk and copied, or fail at either; they are pinned and deleted.
 
-    @precondition(lambda self: self.reading)
-    @rule(data=st.data(), fails=st.booleans())
-    def read_ends(self, data: st.DataObject, fails: bool) -> None:
-        self.end_read(data.draw(st.sampled_from(self.reading)), fails)
+    @precondition(lambda self: self.disk.reads)
+    @rule(data=st.data(), fails=st.integers(0, 4))
+    def read_ends(self, data: st.DataObject, fails: int) -> None:
+        self.disk.end_read(data.draw(st.sampled_from(sorted(self.disk.reads))), fails == 4)
 
-    def end_read(self, digest: str, fails: bool) -> None:
-        self.reading.remove(digest)
-        if fails:
-            self.fail_waiting(digest)
-        else:
-            self.packed[digest] = self.sizes[digest]
+    @precondition(lambda self: self.disk.copies)
+    @rule(data=st.data(), fails=st.integers(0, 4))
+    def copy_ends(self, data: st.DataObject, fails: int) -> None:
+        self.disk.end_copy(data.draw(st.integers(0, len(self.disk.copies) - 1)), fails == 4)
 
-    @precondition(lambda self: self.copying)
-    @rule(data=st.data(), fails=st.booleans())
-    def copy_ends(self, data: st.DataObject, fails: bool) -> None:
-        self.end_copy(data.draw(st.sampled_from(self.copying)), fails)
-
-    def end_copy(self, load: Load, fails: bool) -> None:
-        self.copying.remove(load)
-        del self.packed[load.digest]
-        if fails:
-            self.pool.drop(load.digest)
-            self.fail_waiting(load.digest)
-        else:
-            self.device.copy_adapter(load)
-            self.pool.loaded(load.digest)
-
-    def fail_waiting(self, digest: str) -> None:
-        for sequence in [s for s in self.scheduler.waiting if s.digest == digest]:
+    def fail_waiting(self, version: str, error: RequestError) -> None:
+        for sequence in self.scheduler.needing(version):
             self.live.remove(sequence)
             self.scheduler.abort(sequence)
+
+    @rule(version=VERSIONS, owner=st.sampled_from(OWNERS))
+    def pin(self, version: str, owner: str) -> None:
+        self.supply.pin(version, owner, lambda error: None)
+
+    @rule(version=VERSIONS, owner=st.sampled_from(OWNERS))
+    def unpin(self, version: str, owner: str) -> None:
+        self.supply.unpin(version, owner)
+
+    @rule(version=VERSIONS)
+    def forget(self, version: str) -> None:
+        """Its last request and its name are gone, and so are the store's files."""
+        if not any(version in sequence.versions for sequence in self.live):
+            self.supply.forget(version)
 
     # Steps.
 
@@ -191,18 +288,44 @@ class SchedulerMachine(RuleBasedStateMachine):
     def step_with_a_nan(self) -> None:
         self.run_step(num_nan=1)
 
+    @rule(data=st.data())
+    def step_that_is_decided_again(self, data: st.DataObject) -> None:
+        """As adapters come while there is patience, and some requests go."""
+        self.decide()
+        self.end_all()
+        if self.live:
+            self.abort(data)
+        self.run_step()
+
     def run_step(self, num_nan: int = 0) -> Step:
-        step = self.scheduler.schedule(self.packed, now=0.0)
-        self.check_rows(step)
-        self.copying += step.loads
-        self.reading += [digest for digest in step.wanted if digest not in self.reading]
-        for sequence, error in step.failed:
-            self.check_failure(sequence, error)
+        """As the engine does."""
+        step = self.decide()
         sampled: list[Sampled] = []
         for row in step.rows:
-            token = self.device.run(row, self.adapter_blocks(row.sequence))
+            token = self.device.run(row)
             if row.samples:
                 sampled.append(Sampled(None if len(sampled) < num_nan else token))
+        self.take(step, sampled)
+        return step
+
+    def decide(self) -> Step:
+        while self.inbox:
+            self.inbox.pop(0)()
+        self.is_whole()
+        before = self.sight()
+        step = self.scheduler.schedule(self.supply.size_of, now=0.0)
+        self.check_rows(step)
+        self.check_manners(step, *before)
+        for load in step.loads:  # from now on, somebody else writes there
+            self.device.blocks.update(dict.fromkeys(load.blocks, TORN))
+        self.supply.carry_out(step)
+        for bind in step.binds:
+            self.device.bind_blend(bind.slot, bind.members)
+        for sequence, error in step.failed:
+            self.check_failure(sequence, error)
+        return step
+
+    def take(self, step: Step, sampled: list[Sampled]) -> None:
         for outcome in self.scheduler.update(step, sampled, now=0.0):
             sequence = outcome.sequence
             if outcome.token_id is None:
@@ -211,16 +334,19 @@ class SchedulerMachine(RuleBasedStateMachine):
             elif outcome.finish is not None:
                 self.live.remove(sequence)
                 self.check_finished(sequence, outcome.finish)
-        return step
 
-    def adapter_blocks(self, sequence: Sequence) -> list[int]:
-        if sequence.digest is None:
-            return []
-        resident = self.pool.get(sequence.digest)
-        assert resident is not None, "the adapter of a running sequence is gone"
-        assert resident.ready
-        assert resident.slot == sequence.slot
-        return resident.blocks
+    def sight(self) -> tuple[list[Sequence], set[str]]:
+        """Who waits, and which pinned adapters are here."""
+        pinned = {v for v in DIGESTS if self.pool.is_pinned(v) and self.pool.get(v) is not None}
+        return list(self.scheduler.waiting), pinned
+
+    def check_manners(self, step: Step, queue: list[Sequence], pinned: set[str]) -> None:
+        assert all(self.pool.get(version) for version in pinned), "a pinned adapter had to go"
+        waits = [sequence.phase is Phase.WAITING for sequence in queue]
+        for index, sequence in enumerate(queue):
+            if waits[index] and not sequence.is_overtakable:
+                assert all(waits[index:]), "one that must not be overtaken was"
+        assert list(step.wanted) == list(dict.fromkeys(step.wanted)), "wanted twice"
 
     def check_rows(self, step: Step) -> None:
         rows = step.rows
@@ -237,13 +363,27 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert row.samples == (row.start + row.num_tokens == row.sequence.num_tokens)
 
     def check_failure(self, sequence: Sequence, error: RequestError) -> None:
-        """Only what would not fit an arena of its own fails, for the reason that is true."""
+        """Only what would not fit beside the pins fails, for the reason that is true."""
         self.live.remove(sequence)
-        adapter = 0 if sequence.digest is None else self.sizes[sequence.digest]
-        needed = self.scheduler.blocks_for(sequence.num_tokens) + adapter
-        assert needed > self.arena.num_blocks, error.message
-        started = bool(sequence.output_token_ids)
-        assert error.reason.name == ("OUT_OF_MEMORY" if started else "EXCEEDS_KV_CAPACITY")
+        pinned = self.pool.pinned_room()
+        others = [version for version in sequence.versions if not self.pool.is_pinned(version)]
+        blocks = self.scheduler.blocks_for(sequence.num_tokens) + pinned.blocks
+        blocks += sum(self.sizes[version] for version in others)
+        slots = len(others) + bool(sequence.blend) + pinned.slots
+        fits = blocks <= self.arena.num_blocks and slots <= self.pool.num_slots
+        assert not fits, error.message
+        if error.reason.name == "EXCEEDS_KV_CAPACITY":
+            assert not sequence.output_token_ids
+            assert not self.fits_alone(sequence), "it fits as soon as a pin goes"
+        else:
+            assert error.reason.name == "OUT_OF_MEMORY"
+            assert sequence.output_token_ids or error.retry_after is not None
+
+    def fits_alone(self, sequence: Sequence) -> bool:
+        blocks = self.scheduler.blocks_for(sequence.num_tokens)
+        blocks += sum(self.sizes[version] for version in sequence.versions)
+        slots = len(sequence.versions) + bool(sequence.blend)
+        return blocks <= self.arena.num_blocks and slots <= self.pool.num_slots
 
     def check_finished(self, sequence: Sequence, reason: FinishReason) -> None:
         assert sequence.output_token_ids == text_of(sequence)
@@ -255,10 +395,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         if not hasattr(self, "scheduler"):
             return
         self.scheduler.check_integrity()
+        self.host.check_integrity()
         running, waiting = self.scheduler.running, self.scheduler.waiting
         assert len(running) <= self.scheduler.config.max_running
         assert {id(s) for s in self.live} == {id(s) for s in [*running, *waiting]}
-        assert all(not s.block_table and s.slot is None for s in waiting)
         for sequence in self.live:
             expected = text_of(sequence)[: len(sequence.output_token_ids)]
             assert sequence.output_token_ids == expected
@@ -267,25 +407,33 @@ class SchedulerMachine(RuleBasedStateMachine):
         """Nobody starves: left alone, everything ends, and memory comes back."""
         if not hasattr(self, "scheduler"):
             return
-        idle_steps = 0
         for _ in range(MAX_DRAIN_STEPS):
             if not self.live:
                 break
             step = self.run_step()
-            self.is_whole()
-            idle_steps = 0 if step.rows or step.failed else idle_steps + 1
-            assert idle_steps <= 3, "nothing runs although nothing is under way"
-            for digest in list(self.reading):
-                self.end_read(digest, fails=False)
-            for load in list(self.copying):
-                self.end_copy(load, fails=False)
-        assert not self.live, "a sequence starves"
+            under_way = self.disk.reads or self.disk.copies or self.inbox
+            stirs = step.rows or step.failed or step.num_preempted or under_way
+            assert stirs or not self.live, f"nothing is under way: {self.scheduler}"
+            self.end_all()
+        assert not self.live, f"a sequence starves: {self.scheduler}"
         assert self.arena.count(Use.KV) == 0
-        for load in list(self.copying):
-            self.end_copy(load, fails=False)
-        while self.pool.evict_idle():
-            pass
+        for version in DIGESTS:
+            for owner in OWNERS:
+                self.supply.unpin(version, owner)
+        for _ in range(3):  # a read, a copy, and what comes of it
+            self.end_all()
+            self.run_step()
+        for version in DIGESTS:
+            self.supply.forget(version)
         assert self.arena.num_free == self.arena.num_blocks
+        assert len(self.host) == 0
+        assert repr(self.pool) == f"AdapterPool(0/{self.pool.num_slots}: )"
+
+    def end_all(self) -> None:
+        for digest in list(self.disk.reads):
+            self.disk.end_read(digest, fails=False)
+        while self.disk.copies:
+            self.disk.end_copy(0, fails=False)
 
 
 SchedulerMachine.TestCase.settings = settings(

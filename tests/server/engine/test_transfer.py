@@ -27,6 +27,13 @@ def adapter(number: int, num_blocks: int) -> Tensor:
     return numbers[:, None].repeat(1, BLOCK_BYTES)
 
 
+def adapter_in(stream: LazyCopyStream, number: int, num_blocks: int, is_pinned: bool) -> Tensor:
+    made = adapter(number, num_blocks)
+    if not is_pinned:
+        return made
+    return stream.pinned(made.numel()).view(made.shape).copy_(made)
+
+
 def lazy(chance: list[int] | None = None) -> LazyCopyStream:
     device = LazyDevice(chance)
     return LazyCopyStream(device.stream(), device.stream())
@@ -35,16 +42,17 @@ def lazy(chance: list[int] | None = None) -> LazyCopyStream:
 @given(
     chance=CHANCES,
     num_staging=st.integers(1, 4),
-    sizes=st.lists(st.integers(1, 8), min_size=1, max_size=3),
+    adapters=st.lists(st.tuples(st.integers(1, 8), st.booleans()), min_size=1, max_size=3),
 )
 def test_blocks_have_landed_when_copy_returns(
-    chance: list[int], num_staging: int, sizes: list[int]
+    chance: list[int], num_staging: int, adapters: list[tuple[int, bool]]
 ) -> None:
-    blocks, places = arena(), iter(range(NUM_BLOCKS - 1, -1, -1))
-    copier = BlockCopier(lazy(chance), BLOCK_BYTES, num_staging)
+    stream, blocks, places = lazy(chance), arena(), iter(range(NUM_BLOCKS - 1, -1, -1))
+    copier = BlockCopier(stream, BLOCK_BYTES, num_staging)
     expected = arena()
-    for number, size in enumerate(sizes):
-        source, chosen = adapter(number, size), [next(places) for _ in range(size)]
+    for number, (size, is_pinned) in enumerate(adapters):
+        source = adapter_in(stream, number, size, is_pinned)
+        chosen = [next(places) for _ in range(size)]
         copier.copy(source, [blocks[place] for place in chosen])
         expected[chosen] = source
         assert torch.equal(blocks, expected)
@@ -65,14 +73,14 @@ def test_two_threads_share_the_pinned_blocks(chance: list[int], num_staging: int
         assert list(workers.map(load, range(3))) == [True] * 3
 
 
-@given(chance=CHANCES)
-def test_steps_given_before_still_find_what_they_read(chance: list[int]) -> None:
+@given(chance=CHANCES, is_pinned=st.booleans())
+def test_steps_given_before_still_find_what_they_read(chance: list[int], is_pinned: bool) -> None:
     """A block is given away while a step that reads or writes it has only been queued."""
     stream, blocks = lazy(chance), arena()
     seen: list[Tensor] = []
     stream.compute.give(lambda: seen.append(blocks[:4].clone()))
     stream.compute.give(lambda: blocks[:4].fill_(7))
-    BlockCopier(stream, BLOCK_BYTES, 2).copy(adapter(1, 4), blocks[:4])
+    BlockCopier(stream, BLOCK_BYTES, 2).copy(adapter_in(stream, 1, 4, is_pinned), blocks[:4])
     stream.compute.finish(2)
     assert torch.equal(seen[0], arena()[:4])
     assert torch.equal(blocks[:4], adapter(1, 4))
@@ -93,6 +101,16 @@ def test_a_failed_copy_leaves_nothing_on_its_way() -> None:
     copier.copy(adapter(2, 3), blocks[3:6])
     assert torch.equal(blocks[3:6], adapter(2, 3))
     assert not blocks[:3].any()
+
+
+def test_what_is_pinned_goes_over_without_another_copy() -> None:
+    """And so needs none of the pinned blocks, which stay for those that do."""
+    stream, blocks = lazy(), arena()
+    copier = BlockCopier(stream, BLOCK_BYTES, 1)
+    source = adapter_in(stream, 1, 4, is_pinned=True)
+    copier.copy(source, blocks[:4])
+    assert stream.stream.num_given == 1 + 4  # to wait for the steps, then a copy a block
+    assert torch.equal(blocks[:4], source)
 
 
 def test_as_many_blocks_as_places() -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence as Seq
 
 import torch
-from loraplex.adapters.packing import PackedAdapter, place
+from loraplex.adapters.packing import PackedAdapter, Placed, place
 from loraplex.engine.batch import DeviceMemory
 from loraplex.engine.graphs import DecodeInputs
 from loraplex.engine.model_runner import block_shape
@@ -78,7 +78,14 @@ class TinyLlama:
         return table
 
     def bind(self, slot: int, ranks: Seq[int]) -> None:
-        """A random adapter with these ranks of MODULES; 0: not adapted."""
+        """A random adapter, in blocks of its own."""
+        packed = self.adapter(ranks)
+        blocks = [self.free.pop() for _ in range(packed.num_blocks)]
+        self.blocks[blocks] = packed.data
+        self.tables.write(slot, packed.placed(blocks).granules)
+
+    def adapter(self, ranks: Seq[int]) -> PackedAdapter:
+        """A random one with these ranks of MODULES; 0: not adapted."""
         pieces = [
             (shape, layer, index, part)
             for layer in range(CONFIG.num_layers)
@@ -102,10 +109,7 @@ class TinyLlama:
             granules.append(
                 Granule(layer, index, part, offsets[2 * number], offsets[2 * number + 1], 0.5)
             )
-        packed = PackedAdapter(data.view(num_blocks, -1), tuple(granules))
-        blocks = [self.free.pop() for _ in range(num_blocks)]
-        self.blocks[blocks] = packed.data
-        self.tables.write(slot, packed.placed(blocks))
+        return PackedAdapter(data.view(num_blocks, -1), Placed(tuple(granules)))
 
     def _decoder(self) -> Decoder:
         hidden, vocab = CONFIG.hidden_size, CONFIG.vocab_size

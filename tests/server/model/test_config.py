@@ -11,6 +11,7 @@ from loraplex.model.config import (
     LinearShape,
     Llama3Rope,
     ModelConfig,
+    ModuleShape,
     Rope,
     read_json,
     read_model_config,
@@ -107,6 +108,11 @@ def test_linears_have_the_names_of_the_checkpoint(tmp_path: Path) -> None:
     assert linears[1] == LinearShape("model.layers.0.self_attn.k_proj", 0, "k_proj", 128, 128)
     assert linears[3] == LinearShape("model.layers.0.self_attn.o_proj", 0, "o_proj", 128, 256)
     assert linears[13] == LinearShape("model.layers.1.mlp.down_proj", 1, "down_proj", 128, 192)
+    *same, embedding, head = config.adaptable()
+    assert same == [ModuleShape(*linear) for linear in linears]
+    vocab = config.vocab_size
+    assert embedding == ("model.embed_tokens", None, "embed_tokens", 128, vocab)
+    assert head == ("lm_head", None, "lm_head", vocab, 128)
 
 
 @pytest.mark.parametrize(

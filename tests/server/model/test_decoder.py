@@ -145,6 +145,7 @@ class PagedDecoder:
                 dtype=torch.float32,
                 tables=self._tables,
                 has_adapters=False,
+                has_output_scales=False,
                 segments=(),
                 segment_table=torch.zeros(0, 3, dtype=torch.int32),
                 tiles=None,

@@ -111,6 +111,22 @@ def test_full_precision_is_quantised_as_bitsandbytes_does(
         assert torch.equal(absmax, expected.absmax)
 
 
+@pytest.mark.parametrize("form", WeightForm)
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_served_values_of_every_module_are_told_by_name(
+    tmp_path: Path, form: WeightForm, tied: bool
+) -> None:
+    folder = save_model(tmp_path, num_key_value_heads=2, tie_word_embeddings=tied)
+    tensors = load_file(folder / WEIGHTS)
+    decoder = load(folder, form=form)
+    for module in decoder.config.adaptable():
+        name = "model.embed_tokens" if module.name == "lm_head" and tied else module.name
+        expected = tensors[f"{name}.weight"].bfloat16()
+        if module.layer is not None:
+            expected = nf4.quantize(expected).dequantize()
+        assert torch.equal(decoder.base_weight(module.name).bfloat16(), expected)
+
+
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("storage", ["uint8", "bfloat16"])
 def test_a_quantised_checkpoint_keeps_its_codes(tmp_path: Path, nested: bool, storage: str) -> None:
