@@ -20,7 +20,7 @@ endif
 
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help setup demo test check format bench kernels-report train protos proto-lint docker clean
+.PHONY: help setup demo test check format bench bench-adapters kernels-report fuzz train protos proto-lint docker clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -55,8 +55,17 @@ format: setup ## let ruff rewrite what it can
 bench: setup ## tokens a second, mixed adapters, beside transformers + PEFT
 	$(BIN)/python benchmarks/serving.py
 
+bench-adapters: setup ## stalls, cold starts, thousands of adapters, mixed ranks (a quarter of an hour)
+	for name in stall cold_start many_adapters mixed_ranks; do \
+	    $(BIN)/python benchmarks/$$name.py --save $$name || exit 1; \
+	done
+
 kernels-report: setup ## compile every Triton kernel for six GPUs, and hold it to the gates
 	$(BIN)/python benchmarks/kernel_report.py --save
+
+fuzz: setup ## ten thousand random operations against servers of a tiny model (a quarter of an hour)
+	$(BIN)/pytest tests/lifecycle --operations 10000 --timeout 3600 \
+	    --run-log benchmarks/results/lifecycle.md
 
 train: setup ## train the example adapters anew
 	$(BIN)/python benchmarks/train_adapters.py
