@@ -64,7 +64,7 @@ kernels-report: setup ## compile every Triton kernel for six GPUs, and hold it t
 	$(BIN)/python benchmarks/kernel_report.py --save
 
 fuzz: setup ## ten thousand random operations against servers of a tiny model (a quarter of an hour)
-	$(BIN)/pytest tests/lifecycle --operations 10000 --timeout 3600 \
+	$(BIN)/pytest tests/lifecycle --operations 11000 --timeout 3600 \
 	    --run-log benchmarks/results/lifecycle.md
 
 train: setup ## train the example adapters anew

@@ -60,19 +60,7 @@ def build_parser(name: str, description: str, epilog: str) -> argparse.ArgumentP
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    group = parser.add_argument_group("the server, which is the benchmark's own")
-    group.add_argument(
-        "--model",
-        default=DEFAULT_MODEL,
-        metavar="PATH|HUB_ID|NAME",
-        help="default: %(default)s",
-    )
-    group.add_argument(
-        "--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="default: %(default)s"
-    )
-    group.add_argument(
-        "--threads", type=positive, default=cores(), metavar="N", help="default: one a core"
-    )
+    add_server_options(parser.add_argument_group("the server, which is the benchmark's own"))
     results = parser.add_argument_group("figures")
     results.add_argument("--seed", type=int, default=1, metavar="N", help="default: %(default)s")
     results.add_argument("--out", type=Path, metavar="FILE", help="JSON, besides stdout")
@@ -80,6 +68,21 @@ def build_parser(name: str, description: str, epilog: str) -> argparse.ArgumentP
         "--save", metavar="NAME", help="benchmarks/results/NAME.json, and the table as NAME.md"
     )
     return parser
+
+
+def add_server_options(group: Any) -> None:
+    group.add_argument(
+        "--model",
+        default=DEFAULT_MODEL,
+        metavar="PATH|HUB_ID|NAME",
+        help="a full-precision checkpoint, whose linears become NF4 (default: %(default)s)",
+    )
+    group.add_argument(
+        "--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="default: %(default)s"
+    )
+    group.add_argument(
+        "--threads", type=positive, default=cores(), metavar="N", help="default: one a core"
+    )
 
 
 def number(group: Any, flag: str, default: int, what: str) -> None:

@@ -3,8 +3,7 @@
 import argparse
 from pathlib import Path
 
-from environment import cores
-from loraplex.config import DEFAULT_MODEL
+from command import add_server_options, number
 from peers.pipe import PEERS
 
 DESCRIPTION = """\
@@ -57,33 +56,17 @@ def _add_load_options(parser: argparse.ArgumentParser) -> None:
         help="distinct adapters in a batch, 0 for the bare base; left out where there are fewer "
         "requests (default: %(default)s)",
     )
-
-    def number(flag: str, default: int, what: str) -> None:
-        help_ = f"{what} (default: %(default)s)"
-        group.add_argument(flag, type=_positive, default=default, metavar="N", help=help_)
-
-    number("--prompt-tokens", 64, "tokens in each prompt")
-    number("--max-tokens", 64, "tokens out of each request")
-    number("--rank", 16, "of the adapters, which are on all seven linears")
-    number("--repeats", 3, "waves of each kind")
-    number("--peer-repeats", 2, "of these, how many the peer runs too, in turn")
-    number("--seed", 1, "of prompts and adapters")
+    number(group, "--prompt-tokens", 64, "tokens in each prompt")
+    number(group, "--max-tokens", 64, "tokens out of each request")
+    number(group, "--rank", 16, "of the adapters, which are on all seven linears")
+    number(group, "--repeats", 3, "waves of each kind")
+    number(group, "--peer-repeats", 2, "of these, how many the peer runs too, in turn")
+    number(group, "--seed", 1, "of prompts and adapters")
 
 
 def _add_system_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("who is asked")
-    group.add_argument(
-        "--model",
-        default=DEFAULT_MODEL,
-        metavar="PATH|HUB_ID|NAME",
-        help="a full-precision checkpoint; both round its linears to NF4 (default: %(default)s)",
-    )
-    group.add_argument(
-        "--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="default: %(default)s"
-    )
-    group.add_argument(
-        "--threads", type=_positive, default=cores(), metavar="N", help="default: one a core"
-    )
+    add_server_options(group)
     group.add_argument(
         "--peers",
         choices=("none", *PEERS),
@@ -118,9 +101,3 @@ def _positives(text: str) -> list[int]:
     if 0 in numbers:
         raise argparse.ArgumentTypeError("a batch has at least one request")
     return numbers
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
-    return int(text)

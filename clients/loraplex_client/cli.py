@@ -115,6 +115,7 @@ def _add_adapters(subparsers: Subparsers, environ: Mapping[str, str]) -> None:
     )
     upload.add_argument(
         "--if-match",
+        type=_etag,
         metavar="ETAG",
         help="replace, but only if the name still has this etag (adapters show NAME tells it)",
     )
@@ -125,6 +126,12 @@ def _add_adapters(subparsers: Subparsers, environ: Mapping[str, str]) -> None:
     pin.set_defaults(pinned=True)
     unpin = action("unpin", "let it leave device memory when room is needed", cli_adapters.pin)
     unpin.set_defaults(pinned=False)
+
+
+def _etag(text: str) -> str:
+    if not text:  # an unset variable in a script must not become "whatever is there"
+        raise argparse.ArgumentTypeError("must not be empty")
+    return text
 
 
 def run(func: Command, args: argparse.Namespace, expected: tuple[type[Exception], ...] = ()) -> int:

@@ -15,7 +15,7 @@ from loraplex_client.render import (
     write_pairs,
     write_table,
 )
-from loraplex_client.values import Adapter
+from loraplex_client.values import Adapter, Residency, UploadResult
 
 EPILOG = """\
 examples:
@@ -37,15 +37,11 @@ def _say(text: str) -> None:
 
 
 def upload(args: argparse.Namespace) -> int:
-    with connect(args) as client, progress_bar(f"uploading {args.name}", sys.stderr) as progress:
-        result = client.upload_adapter(
-            args.name,
-            args.folder,
-            args.replace,
-            progress,
-            if_match_etag=args.if_match,
-            timeout=args.timeout,
-        )
+    try:
+        result = _upload(args)
+    except KeyboardInterrupt:
+        sys.stderr.write("what was sent is kept for an hour: the same command goes on from there\n")
+        raise
     for warning in result.warnings:
         sys.stderr.write(f"loraplex: warning: {one_line(warning)}\n")
     if args.json:
@@ -58,6 +54,18 @@ def upload(args: argparse.Namespace) -> int:
         f"version {adapter.version[:12]})"
     )
     return 0
+
+
+def _upload(args: argparse.Namespace) -> UploadResult:
+    with connect(args) as client, progress_bar(f"uploading {args.name}", sys.stderr) as progress:
+        return client.upload_adapter(
+            args.name,
+            args.folder,
+            args.replace,
+            progress,
+            if_match_etag=args.if_match,
+            timeout=args.timeout,
+        )
 
 
 def list_all(args: argparse.Namespace) -> int:
@@ -87,12 +95,18 @@ def _row(adapter: Adapter, now: datetime) -> tuple[str, ...]:
         human_bytes(adapter.size_bytes),
         adapter.state,
         adapter.residency,
-        "yes" if adapter.pinned else "no",
+        _pinned(adapter),
         str(adapter.references),
         ago(adapter.last_used_time, now),
         adapter.version[:12],
         ",".join(adapter.target_modules),
     )
+
+
+def _pinned(adapter: Adapter) -> str:
+    if not adapter.pinned:
+        return "no"
+    return "yes" if adapter.residency is Residency.DEVICE else "yes, but not there"
 
 
 def show(args: argparse.Namespace) -> int:
@@ -110,7 +124,7 @@ def _show(adapter: Adapter, as_json: bool) -> None:
         **plain(adapter),
         "size_bytes": f"{adapter.size_bytes} ({human_bytes(adapter.size_bytes)})",
         "target_modules": ", ".join(adapter.target_modules),
-        "pinned": "yes" if adapter.pinned else "no",
+        "pinned": _pinned(adapter),
         "last_used_time": f"{plain(used)} ({ago(used, datetime.now(UTC))})" if used else "never",
         "references": f"{adapter.references} (requests that use it now)",
     }

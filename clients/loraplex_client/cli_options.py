@@ -46,8 +46,10 @@ def blend_weights(text: str) -> dict[str, float]:
     weights: dict[str, float] = {}
     for part in text.split(","):
         name, equals, weight = part.partition("=")
-        if not (name and equals) or name in weights:
+        if not (name and equals):
             raise argparse.ArgumentTypeError(f"{text!r} is not NAME=WEIGHT,NAME=WEIGHT")
+        if name in weights:
+            raise argparse.ArgumentTypeError(f"{name} is there twice")
         weights[name] = _FLOAT(weight)
     return weights
 

@@ -15,7 +15,7 @@ from loraplex.model.config import MODULES
 from loraplex_client.examples import example_adapters
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 NUM_NEW = 16
 BATCH = 8
@@ -29,6 +29,22 @@ TEXTS = (
     'def fibonacci(n):\n    """Return the n-th Fibonacci number."""\n    if n < 2:\n'
     "        return n\n    return",
 )
+
+
+def tiny_config(vocab_size: int, **changes: Any) -> LlamaConfig:
+    """Two layers; more of it in `changes`."""
+    fields = {
+        "vocab_size": vocab_size,
+        "hidden_size": 128,
+        "intermediate_size": 192,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "max_position_embeddings": 128,
+        "initializer_range": 0.09,  # a linear neither shrinks nor amplifies
+    }
+    return LlamaConfig(**fields | changes)
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
-from tests.exactness.cases import BF16, F16, F32, Blend, Case, Folders, Generated, of_rank, on
+from tests.exactness.cases import (
+    BF16,
+    F16,
+    F32,
+    Blend,
+    Case,
+    Folders,
+    Generated,
+    of_rank,
+    on,
+    tiny_config,
+)
 from tests.exactness.compare import (
     Alone,
     Expected,
@@ -69,20 +80,7 @@ def model_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
     torch.manual_seed(0)
     tied = request.param == "tied"
     model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCAB,
-            hidden_size=128,
-            intermediate_size=192,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=64,
-            max_position_embeddings=128,
-            initializer_range=0.09,  # a linear neither shrinks nor amplifies
-            attention_bias=not tied,
-            mlp_bias=not tied,
-            tie_word_embeddings=tied,
-        )
+        tiny_config(VOCAB, attention_bias=not tied, mlp_bias=not tied, tie_word_embeddings=tied)
     )
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):

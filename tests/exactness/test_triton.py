@@ -19,9 +19,9 @@ from loraplex_kernels.gpu.launch import Grid, launch_now
 from loraplex_kernels.gpu.ops import TritonOps
 from loraplex_kernels.gpu.paths import EVERY_KERNEL
 from loraplex_kernels.ops import Ops
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
-from tests.exactness.cases import Folders, Generated, of_rank, on
+from tests.exactness.cases import Folders, Generated, of_rank, on, tiny_config
 from tests.exactness.harness import CPU, Answer, Harness, Request
 
 VOCAB = 160
@@ -54,18 +54,7 @@ KERNELS = {
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=128,
-        intermediate_size=192,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
-        max_position_embeddings=128,
-        initializer_range=0.09,  # a linear neither shrinks nor amplifies
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    LlamaForCausalLM(tiny_config(VOCAB)).save_pretrained(folder)
     return folder
 
 

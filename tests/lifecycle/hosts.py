@@ -59,6 +59,9 @@ class InProcess:
         assert scheduler.arena.count(Use.KV) == 0
         check_blobs(self.store)
 
+    def num_evicted(self) -> int:
+        return self._engine._scheduler.pool.num_evicted
+
     def close(self) -> None:
         self._loop.call_soon_threadsafe(self._stopping.set)
         self._thread.join()
@@ -93,6 +96,9 @@ class OwnProcess:
     def check_idle(self) -> None:
         self._server.eventually(self._server.is_idle)
         check_blobs(self.store)
+
+    def num_evicted(self) -> int:
+        return int(self._server.metric("adapter_evictions_total", tier="device"))
 
     def close(self) -> None:
         assert self._server.end(signal.SIGTERM) == 0

@@ -15,7 +15,9 @@ class RunLog:
     _started: float = field(default_factory=time.monotonic)
     _parts: list[str] = field(default_factory=list)
 
-    def add(self, where: str, done: Mapping[str, int], answers: Mapping[str, int]) -> None:
+    def add(
+        self, where: str, done: Mapping[str, int], answers: Mapping[str, int], num_evicted: int
+    ) -> None:
         rows = [f"| {what} | {number} |" for what, number in sorted(done.items())]
         ends = ", ".join(f"{answer} {number}" for answer, number in sorted(answers.items()))
         self._parts += [
@@ -25,7 +27,8 @@ class RunLog:
             "|---|---|",
             *rows,
             "",
-            f"How requests ended, and what was refused: {ends}.",
+            f"How requests ended, and what was refused: {ends}. {num_evicted} times an adapter had "
+            "to leave the device for another or for a request's KV.",
             "",
         ]
 

@@ -24,7 +24,7 @@ NUM_STEPS = 50  # operations in one life
 MAX_RANK = 48
 NUM_SLOTS = 6
 ANY = Address("127.0.0.1", 0)
-MEMORY = 44 * 8192  # bytes; half of it pins, then the largest adapter and a request's KV
+MEMORY = 30 * 8192  # bytes; the largest adapter takes 17 such blocks, a request up to 4
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def config(model: Path, tmp_path_factory: pytest.TempPathFactory) -> ServeConfig
 
 @pytest.fixture(scope="module")
 def solo(config: ServeConfig) -> Solo:
-    return Solo(replace(config, memory=32 * MEMORY, max_slots=8), MAX_PROMPT + MAX_TOKENS)
+    return Solo(replace(config, memory=40 * MEMORY, max_slots=8), MAX_PROMPT + MAX_TOKENS)
 
 
 @pytest.fixture
@@ -125,4 +125,4 @@ def live(world: World, operations: int, run_log: RunLog, where: str) -> None:
     try:
         run_state_machine_as_test(Life, settings=lives)
     finally:
-        run_log.add(where, world.done, world.answers)
+        run_log.add(where, world.done, world.answers, world.num_evicted)

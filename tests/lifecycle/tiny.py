@@ -10,6 +10,8 @@ from loraplex.model.config import linear_prefix, read_model_config
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models
 
+from tests.e2e import random_llama
+
 VOCAB = 256
 _ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -38,31 +40,11 @@ class Content:
 
 
 def write_model(folder: Path) -> Path:
-    """Two random Llama layers, and a tokenizer of one token a byte."""
+    """A random Llama, and a tokenizer of one token a byte."""
     folder.mkdir(parents=True)
-    fields = {
-        "architectures": ["LlamaForCausalLM"],
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": VOCAB,
-        "max_position_embeddings": 512,
-        "tie_word_embeddings": True,
-    }
-    (folder / "config.json").write_text(json.dumps(fields))
+    random_llama.write_model(folder, VOCAB)
     tokens = {f"<{byte}>": byte for byte in range(VOCAB)}
     Tokenizer(models.WordLevel(tokens, unk_token="<0>")).save(str(folder / "tokenizer.json"))
-    rng = np.random.default_rng(0)
-    tensors = {"model.embed_tokens.weight": rng.standard_normal((VOCAB, 64)) / 4}
-    for linear in read_model_config(folder).linears():
-        shape = (linear.out_features, linear.in_features)
-        tensors[f"{linear.name}.weight"] = rng.standard_normal(shape) / 8
-    norms = [f"model.layers.{n}.{w}_layernorm" for n in (0, 1) for w in ("input", "post_attention")]
-    for norm in (*norms, "model.norm"):
-        tensors[f"{norm}.weight"] = np.ones(64)
-    save_file({k: v.astype(np.float32) for k, v in tensors.items()}, folder / "model.safetensors")
     return folder
 
 

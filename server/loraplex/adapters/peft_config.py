@@ -241,7 +241,9 @@ def _check_init(value: object) -> None:
 
 def _rank(key: str, value: object, max_rank: int) -> int:
     if type(value) is not int or not 1 <= value <= max_rank:
-        raise AdapterInvalidError(key, f"must be a whole number from 1 to {max_rank}")
+        raise AdapterInvalidError(
+            key, f"must be a whole number from 1 to {max_rank}, this server's --max-rank"
+        )
     return value
 
 

@@ -49,6 +49,7 @@ __all__ = [
     "UploadRequest",
     "UploadStatus",
     "Visibility",
+    "is_digest",
     "validate_adapter_id",
 ]
 
@@ -122,7 +123,10 @@ class AdapterStore:
         except BlockingIOError:
             raise StartupError(f"adapter store {root} is in use by another server") from None
         except OSError as error:
-            raise StartupError(f"adapter store {root}: {error.strerror}") from error
+            where = (
+                error.filename or root
+            )  # which may be inside: what is missing cannot be made there
+            raise StartupError(f"adapter store {root}: {where}: {error.strerror}") from error
         return store
 
     def begin(self, request: UploadRequest) -> Upload:

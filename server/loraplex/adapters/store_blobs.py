@@ -192,7 +192,7 @@ class BlobStore:
                 raise RequestError(
                     "ADAPTER_UNUSABLE",
                     f"version {version} is quarantined: its bytes on disk differ from what was"
-                    " uploaded",
+                    " uploaded; the same upload again repairs it",
                 )
 
     def scrub(self, version: str, on_bytes: Callable[[int], object]) -> None:

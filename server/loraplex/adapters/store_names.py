@@ -167,9 +167,10 @@ class NameBook:
     def _check_flip(self, request: UploadRequest, record: AdapterRecord | None) -> None:
         if request.if_match_etag:
             if record is None or record.etag != request.if_match_etag:
+                what = "does not exist" if record is None else "does not carry this etag"
                 raise RequestError(
                     "ETAG_MISMATCH",
-                    f"{request.adapter_id} does not carry this etag",
+                    f"{request.adapter_id} {what}",
                     field="header.if_match_etag",
                 )
         elif record is not None and not request.replace:

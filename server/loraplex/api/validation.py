@@ -10,7 +10,7 @@ from typing import Any
 
 from loraplex_protos.v1 import inference_pb2 as pb
 
-from loraplex.adapters.store import validate_adapter_id
+from loraplex.adapters.store import is_digest, validate_adapter_id
 from loraplex.api.protocols import ModelInfo
 from loraplex.engine.sequence import SamplingParams
 from loraplex.errors import InvalidRequestError, RequestError, not_implemented
@@ -65,6 +65,7 @@ def _check_adapters(request: pb.GenerateRequest) -> None:
         raise InvalidRequestError("adapter_id", "cannot be set together with blend")
     if request.adapter_version and not request.adapter_id:
         raise InvalidRequestError("adapter_version", "needs adapter_id")
+    _check_version(request.adapter_version, "adapter_version")
     if request.adapter_id:
         validate_adapter_id(request.adapter_id)
     if request.blend and not 2 <= len(request.blend) <= MAX_BLEND:
@@ -75,10 +76,16 @@ def _check_adapters(request: pb.GenerateRequest) -> None:
         validate_adapter_id(member.adapter_id, field)
         if member.adapter_id in names[:index]:
             raise InvalidRequestError(field, "is in the blend already")
+        _check_version(member.adapter_version, f"blend[{index}].adapter_version")
         if not abs(member.weight) <= MAX_BLEND_WEIGHT:
             raise InvalidRequestError(
                 f"blend[{index}].weight", f"must be {-MAX_BLEND_WEIGHT:g} to {MAX_BLEND_WEIGHT:g}"
             )
+
+
+def _check_version(version: str, field: str) -> None:
+    if version and not is_digest(version):
+        raise InvalidRequestError(field, "must be a whole version: 64 of 0-9 and a-f")
 
 
 def _check_prompt(request: pb.GenerateRequest, model: ModelInfo) -> None:

@@ -182,8 +182,11 @@ class Supply(Generic[P]):
     def _pin(self, version: str, owner: str, num_blocks: int) -> RequestError | None:
         if self._pool.pin(version, owner, num_blocks):
             return None
-        are_slots_short = self._pool.pinned_room().slots == self._pool.pin_limit.slots
-        what = "slots (--max-slots)" if are_slots_short else "memory (--memory)"
+        pinned, limit = self._pool.pinned_room(), self._pool.pin_limit
+        if pinned.slots == limit.slots:
+            what = f"slots (--max-slots): {limit.slots} may be pinned"
+        else:
+            what = f"blocks (--memory): {pinned.blocks} and {num_blocks}, of {limit.blocks}"
         return RequestError(
             "PINS_EXCEED_MEMORY",
             f"the pinned adapters would take more than half of the {what}",

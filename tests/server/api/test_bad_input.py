@@ -66,6 +66,7 @@ WRONG_FIELD = [
     ({"text": "x", "request_id": "a" * 65}, "request_id"),
     ({"text": "x", "request_id": "a\n"}, "request_id"),
     ({"text": "x", "adapter_version": "0" * 64}, "adapter_version"),
+    ({"text": "x", "adapter_id": "a1", "adapter_version": "0" * 12}, "adapter_version"),
     ({**blend(a=1, b=1), "adapter_id": "a"}, "adapter_id"),
     ({**blend(a=1, b=1), "adapter_version": "0" * 64}, "adapter_version"),
     (blend(a=1), "blend"),

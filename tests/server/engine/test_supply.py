@@ -225,7 +225,7 @@ def test_pins_beyond_half_of_the_memory_are_refused_and_nothing_is_kept_for_them
     bench.end_read("ab")
     bench.steps()
     assert first.result(0) is None
-    with pytest.raises(RequestError, match=r"of the memory \(--memory\)$") as error:
+    with pytest.raises(RequestError, match=r"of the blocks \(--memory\): 2 and 2, of 3$") as error:
         second.result(0)
     assert error.value.reason.name == "PINS_EXCEED_MEMORY"
     assert error.value.retry_after is not None
@@ -239,7 +239,7 @@ def test_pins_beyond_half_of_the_slots_are_told_so() -> None:
     bench.end_read("ab")
     bench.steps()
     assert first.result(0) is None
-    with pytest.raises(RequestError, match=r"of the slots \(--max-slots\)$"):
+    with pytest.raises(RequestError, match=r"of the slots \(--max-slots\): 1 may be pinned$"):
         second.result(0)
 
 
