@@ -67,14 +67,13 @@ def on(modules: list[str], rank: int, dtype: torch.dtype, strength: float) -> Ge
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 GENERATED: dict[str, Generated] = {
     "rank 1": of_rank(1, F32),
-    "rank 4": of_rank(4, BF16),
-    "rank 16": of_rank(16, F32),
     "rank 24": of_rank(24, BF16, alpha=7.5),
     "rank 64": of_rank(64, BF16),
-    "q, v": on(["q_proj", "v_proj"], 8, F32, 0.3),
     "o, down": on(["o_proj", "down_proj"], 16, BF16, 0.15),
-    "gate, up": on(["gate_proj", "up_proj"], 4, F16, 0.2),
-    "rsLoRA": Generated(BF16, config={"r": 32, "lora_alpha": 16, "use_rslora": True}),
+    # " the animals", in the middle of the second text, which is this case's by its place.
+    "activated": Generated(
+        F32, 0.3, {"r": 8, "lora_alpha": 16, "alora_invocation_tokens": [260, 2355]}
+    ),
     "patterns": Generated(
         F32,
         config={
@@ -96,10 +95,6 @@ GENERATED: dict[str, Generated] = {
     ),
     "some layers": Generated(
         BF16, 0.4, {"r": 16, "lora_alpha": 8, "layers_to_transform": [0, 7, 8, 29]}
-    ),
-    # " the animals", in the middle of the second text.
-    "activated": Generated(
-        F32, 0.3, {"r": 8, "lora_alpha": 16, "alora_invocation_tokens": [260, 2355]}
     ),
     "DoRA": Generated(
         F16,
