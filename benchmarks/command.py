@@ -13,7 +13,7 @@ from types import FrameType
 from typing import Any
 
 from child import BENCHMARKS, BenchmarkError
-from environment import cores, environment
+from environment import cores, environment, in_words
 from loraplex.config import DEFAULT_MODEL
 from loraplex.errors import LoraplexError as ServerSideError
 from loraplex_client import LoraplexError
@@ -168,11 +168,7 @@ def _report(args: argparse.Namespace, about: Mapping[str, Any], findings: Findin
 
 
 def _conditions(about: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
-    packages = (f"{name} {found}" for name, found in about["packages"].items() if found)
     return (
         f"{settings['model']}, {settings['dtype']}, {settings['threads']} torch threads; clients "
-        f"on the same machine. {about['cpu']}, {about['cores']} cores, load "
-        f"{about['load_before']} before the start; {', '.join(packages)}; "
-        f"revision {about['revision']}; {about['date']}.\n"
-        f"`{about['command']}`"
+        f"on the same machine. {in_words(about)}\n`{about['command']}`"
     )

@@ -3,9 +3,11 @@
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 PACKAGES = ("loraplex", "torch", "triton", "transformers", "peft", "bitsandbytes", "grpcio")
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,6 +24,15 @@ def environment() -> dict[str, object]:
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
     }
+
+
+def in_words(about: Mapping[str, Any]) -> str:
+    """What of `environment()` a reader of a table must know."""
+    packages = (f"{name} {found}" for name, found in about["packages"].items() if found)
+    return (
+        f"{about['cpu']}, {about['cores']} cores, load {about['load_before']} before the start; "
+        f"{', '.join(packages)}; revision {about['revision']}; {about['date']}."
+    )
 
 
 def cores() -> int:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from environment import in_words
 from figures import Summary
 from workload import Shape
 
@@ -61,13 +62,10 @@ def markdown(results: Results) -> str:
 
 def conditions(environment: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     """What a reader of the table alone must know."""
-    packages = (f"{name} {found}" for name, found in environment["packages"].items() if found)
     return (
         f"{settings['model']}, {settings['dtype']}, prompts of {settings['prompt_tokens']} tokens, "
         f"{settings['max_tokens']} tokens out, adapters of rank {settings['rank']} on all seven "
-        f"linears, {settings['threads']} torch threads. {environment['cpu']}, "
-        f"{environment['cores']} cores, load {environment['load_before']} before the start; "
-        f"{', '.join(packages)}; revision {environment['revision']}; {environment['date']}."
+        f"linears, {settings['threads']} torch threads. {in_words(environment)}"
     )
 
 

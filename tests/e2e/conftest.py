@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from shutil import copy
 from typing import Any
@@ -35,25 +36,19 @@ def pytest_runtest_makereport(
 @pytest.fixture
 def serve(tmp_path: Path) -> Iterator[ServerFactory]:
     """For tests that need servers of their own."""
-    factory = ServerFactory(tmp_path)
-    try:
+    with closing(ServerFactory(tmp_path)) as factory:
         yield factory
-    finally:
-        factory.close()
 
 
 def shared(folder: Path, *flags: str) -> Iterator[ServerProcess]:
     """A server for many tests; when they are through, nothing may be left of them."""
-    factory = ServerFactory(folder)
-    try:
+    with closing(ServerFactory(folder)) as factory:
         server = factory("--log-level=debug", *flags)
         yield server
         server.eventually(server.is_idle)
         check_store(server.store)
         assert "Traceback" not in server.log()
         assert " ERROR " not in server.log()
-    finally:
-        factory.close()
 
 
 @pytest.fixture(scope="session")

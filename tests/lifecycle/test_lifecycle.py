@@ -4,6 +4,7 @@ A few hundred operations here; `make fuzz` runs ten thousand and writes down wha
 """
 
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -63,11 +64,8 @@ def solo(config: ServeConfig) -> Solo:
 
 @pytest.fixture
 def factory(tmp_path: Path) -> Iterator[ServerFactory]:
-    servers = ServerFactory(tmp_path)
-    try:
+    with closing(ServerFactory(tmp_path)) as servers:
         yield servers
-    finally:
-        servers.close()
 
 
 def test_in_this_process(

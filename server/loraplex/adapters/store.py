@@ -35,6 +35,7 @@ from loraplex.adapters.store_records import (
     is_adapter_id,
     is_digest,
     is_upload_id,
+    require_ready,
     validate_adapter_id,
 )
 from loraplex.adapters.store_upload import Upload
@@ -50,6 +51,7 @@ __all__ = [
     "UploadStatus",
     "Visibility",
     "is_digest",
+    "require_ready",
     "validate_adapter_id",
 ]
 
@@ -123,9 +125,7 @@ class AdapterStore:
         except BlockingIOError:
             raise StartupError(f"adapter store {root} is in use by another server") from None
         except OSError as error:
-            where = (
-                error.filename or root
-            )  # which may be inside: what is missing cannot be made there
+            where = error.filename or root  # inside: what is missing cannot be made there
             raise StartupError(f"adapter store {root}: {where}: {error.strerror}") from error
         return store
 
@@ -225,8 +225,8 @@ class AdapterStore:
         with storage_errors(), self._blobs.exclusive():
             record = self._names.get(adapter_id)
             if record.pinned != pinned:
-                if pinned and record.state is not AdapterState.READY:
-                    raise RequestError("ADAPTER_UNUSABLE", f"{adapter_id} is {record.state.value}")
+                if pinned:
+                    require_ready(record)
                 self._names.commit(adapter_id, replace(record, pinned=pinned))
         return self._names.get(adapter_id)
 
@@ -256,6 +256,10 @@ class AdapterStore:
         A cache that differs is dropped instead: it can be made again.
         """
         self._blobs.verify(version)
+
+    def is_sound(self, version: str) -> bool:
+        """Whether the version is here and passes `verify`."""
+        return self._blobs.is_sound(version)
 
     def add_file(self, version: str, name: str, source: Path) -> None:
         """Move a cache into the version's folder; `source` is on the store's file system."""

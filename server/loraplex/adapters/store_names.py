@@ -18,6 +18,7 @@ from loraplex.adapters.store_records import (
     manifest_bytes,
     parse_last_used,
     parse_manifest,
+    require_ready,
     unreadable_record,
 )
 from loraplex.errors import RequestError
@@ -76,8 +77,7 @@ class NameBook:
             if record is None:
                 raise _not_found(adapter_id)
             record = self.judged(record)
-            if record.state is not AdapterState.READY:
-                raise RequestError("ADAPTER_UNUSABLE", f"{adapter_id} is {record.state.value}")
+            require_ready(record)
             self._blobs.retain(record.version)
             record = replace(record, last_used_time=time)
             self._records[adapter_id] = record

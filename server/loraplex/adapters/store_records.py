@@ -8,7 +8,7 @@ from enum import Enum, StrEnum
 from pathlib import PurePath
 
 from loraplex.adapters.store_files import FileRecord
-from loraplex.errors import InvalidRequestError
+from loraplex.errors import InvalidRequestError, RequestError
 
 FORMAT = 1
 _ADAPTER_ID = re.compile(r"[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?")
@@ -50,6 +50,12 @@ class AdapterRecord:
     pinned: bool = False
     use_dora: bool = False
     invocation_tokens: tuple[int, ...] = ()  # of an activated LoRA; else none
+
+
+def require_ready(record: AdapterRecord) -> None:
+    """ADAPTER_UNUSABLE unless the adapter can be served."""
+    if record.state is not AdapterState.READY:
+        raise RequestError("ADAPTER_UNUSABLE", f"{record.adapter_id} is {record.state.value}")
 
 
 @dataclass(frozen=True, slots=True)

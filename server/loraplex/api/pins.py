@@ -3,7 +3,7 @@
 import asyncio
 import logging
 
-from loraplex.adapters.store import AdapterRecord, AdapterState
+from loraplex.adapters.store import AdapterRecord, AdapterState, require_ready
 from loraplex.api.protocols import EngineLike, StoreLike
 from loraplex.api.threads import Background
 from loraplex.errors import RequestError
@@ -30,8 +30,7 @@ class Pins:
         """Raises PINS_EXCEED_MEMORY, or why the adapter cannot be had; then nothing has changed."""
         async with self._lock:
             record = self._store.get(adapter_id)
-            if record.state is not AdapterState.READY:
-                raise RequestError("ADAPTER_UNUSABLE", f"{adapter_id} is {record.state.value}")
+            require_ready(record)
             try:
                 if self._held.get(adapter_id) == record.version:
                     # Again, as the engine may have given up to bring it there.

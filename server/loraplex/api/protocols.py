@@ -90,8 +90,8 @@ class StoreLike(Protocol):
     def release(self, version: str) -> None:
         """Give an acquired version back; its files may go later."""
 
-    def verify(self, version: str) -> None:
-        """Hash the files once in this process; waits for the disk. ADAPTER_UNUSABLE."""
+    def is_sound(self, version: str) -> bool:
+        """Whether it is here, by its bytes: hashed once in this process, which takes the disk."""
 
     def references(self, version: str) -> int:
         """How many hold it."""

@@ -108,14 +108,10 @@ class Receiver:
         """The name's record, if it is this very content, and sound: then no byte need come."""
         try:
             record = self._store.get(request.adapter_id)
-            if record.version != version_of(request.sha256, config, self._base_id):
-                return None
-            self._store.verify(record.version)
-        except RequestError as error:
-            if error.reason.name in ("ADAPTER_NOT_FOUND", "ADAPTER_UNUSABLE"):
-                return None
-            raise
-        return record
+        except RequestError:  # there is no such name
+            return None
+        is_same = record.version == version_of(request.sha256, config, self._base_id)
+        return record if is_same and self._store.is_sound(record.version) else None
 
     @asynccontextmanager
     async def _begun(self, request: UploadRequest) -> AsyncIterator[Upload]:

@@ -4,19 +4,27 @@ import asyncio
 import os
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import closing
 
 import pytest
-from loraplex.api.threads import Background, in_thread
+from loraplex.api.threads import Background
 
 
-def test_results_and_errors_come_back() -> None:
-    assert asyncio.run(in_thread(int, "ff", base=16)) == 255
+@pytest.fixture
+def background() -> Iterator[Background]:
+    with closing(Background(num_threads=1)) as threads:
+        yield threads
+
+
+def test_results_and_errors_come_back(background: Background) -> None:
+    assert asyncio.run(background.run(int, "ff", base=16)) == 255
     with pytest.raises(ValueError, match="invalid literal"):
-        asyncio.run(in_thread(int, "x"))
+        asyncio.run(background.run(int, "x"))
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_a_cancelled_caller_waits_for_the_thread(fails: bool) -> None:
+def test_a_cancelled_caller_waits_for_the_thread(fails: bool, background: Background) -> None:
     begun, go = threading.Event(), threading.Event()
     order: list[str] = []
 
@@ -29,7 +37,7 @@ def test_a_cancelled_caller_waits_for_the_thread(fails: bool) -> None:
 
     async def caller() -> None:
         try:
-            await in_thread(work)
+            await background.run(work)
         finally:
             order.append("clean up")
 
@@ -56,7 +64,7 @@ def test_background_work_gives_way_and_nothing_else_does() -> None:
     background = Background(num_threads=1)
 
     async def priorities() -> tuple[int, int, int]:
-        return await background.run(_priority), await in_thread(_priority), _priority()
+        return await background.run(_priority), await asyncio.to_thread(_priority), _priority()
 
     behind, beside, here = asyncio.run(priorities())
     assert beside == here
