@@ -66,7 +66,15 @@ ALLOWED: dict[str, frozenset[str] | set[str]] = {
     "loraplex.engine.sequence": set(),
     "loraplex.engine.arena": set(),
     "loraplex.engine.stream": LEAVES,
-    "loraplex.engine.scheduler": {*LEAVES, "loraplex.engine.arena", "loraplex.adapters.pool"},
+    "loraplex.engine.waiting": LEAVES,
+    "loraplex.engine.kv_memory": {*LEAVES, "loraplex.engine.arena", "loraplex.adapters.pool"},
+    "loraplex.engine.scheduler": {
+        *LEAVES,
+        "loraplex.engine.arena",
+        "loraplex.engine.kv_memory",
+        "loraplex.engine.waiting",
+        "loraplex.adapters.pool",
+    },
     "loraplex.engine.supply": {
         *LEAVES,
         "loraplex.engine.scheduler",

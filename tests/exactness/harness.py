@@ -14,7 +14,7 @@ from loraplex.adapters.tiers import HostTier, Tier
 from loraplex.engine.arena import Arena, Use
 from loraplex.engine.engine import Engine, EngineConfig, EngineState, StepRecord
 from loraplex.engine.model_runner import ModelRunner, RunnerConfig, block_shape
-from loraplex.engine.scheduler import Sampled, Scheduled, Scheduler, SchedulerConfig
+from loraplex.engine.scheduler import Drawn, Sampled, Scheduled, Scheduler, SchedulerConfig
 from loraplex.engine.sequence import BlendPart, SamplingParams, StopParams, Tokens
 from loraplex.engine.sequence import Sequence as EngineSequence
 from loraplex.engine.stream import TokenStream
@@ -88,16 +88,16 @@ class RecordingRunner:
         self._decoder = decoder
         self._requests = requests
 
-    def run(self, rows: Sequence[Scheduled]) -> list[Sampled]:
+    def run(self, rows: Sequence[Scheduled]) -> list[Drawn]:
         drawn = iter(self._runner.run(rows))
         parts = torch.split(self._decoder.last, [row.num_tokens for row in rows])
         for row, logits in zip(rows, parts, strict=True):
             self.logits[row.sequence.request_id].append(logits)
         return [self._overrule(row.sequence, next(drawn)) for row in rows if row.samples]
 
-    def _overrule(self, sequence: EngineSequence, drawn: Sampled) -> Sampled:
+    def _overrule(self, sequence: EngineSequence, drawn: Drawn) -> Drawn:
         forced = self._requests[sequence.request_id].forced
-        return drawn if forced is None else Sampled(forced[len(sequence.output_token_ids)])
+        return drawn if forced is None else (Sampled(forced[len(sequence.output_token_ids)]),)
 
 
 class Loader:

@@ -71,13 +71,12 @@ class Solo:
         for _ in range(num_tokens):
             start, end = sequence.num_computed, sequence.num_tokens
             row = Scheduled(sequence, start, end - start, samples=True)
-            (drawn,) = self._runner.run([row])
+            ((drawn,),) = self._runner.run([row])
             sequence.num_computed = end
             leads.append(self._take(sequence, drawn))
         return Spoken(tuple(sequence.output_token_ids), tuple(leads))
 
     def _take(self, sequence: EngineSequence, drawn: Sampled) -> float:
-        assert drawn.token_id is not None
         assert drawn.logprobs is not None
         sequence.output_token_ids.append(drawn.token_id)
         (_, first), (_, second) = drawn.logprobs.top

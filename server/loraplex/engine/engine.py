@@ -22,7 +22,7 @@ from typing import Generic, Protocol
 
 from loraplex.adapters.tiers import HostTier, Tier
 from loraplex.engine.arena import Use
-from loraplex.engine.scheduler import Outcome, Sampled, Scheduled, Scheduler, Step
+from loraplex.engine.scheduler import Drawn, Outcome, Scheduled, Scheduler, Step
 from loraplex.engine.sequence import Finished, Phase, Sequence, Tokens
 from loraplex.engine.stream import Event, TokenStream
 from loraplex.engine.supply import Device, Loader, LoadObserver, P, P_contra, Supply
@@ -41,7 +41,7 @@ just been sent for. Most need far less, and what misses a step waits for the who
 class Runner(Device[P_contra], Protocol[P_contra]):
     """The device."""
 
-    def run(self, rows: Seq[Scheduled]) -> list[Sampled]: ...
+    def run(self, rows: Seq[Scheduled]) -> list[Drawn]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,7 +261,7 @@ class Engine(Generic[P]):
     def _run_step(self, step: Step, started: float) -> None:
         wall, began = time.time(), self._clock()
         try:
-            sampled = self._runner.run(step.rows)
+            drawn = self._runner.run(step.rows)
         except Exception:
             self._num_failed += 1
             if self._num_failed == MAX_FAILED_STEPS:
@@ -273,7 +273,7 @@ class Engine(Generic[P]):
         self._num_failed = 0
         now = self._clock()
         self._last_run = now - began
-        outcomes = self._scheduler.update(step, sampled, now)
+        outcomes = self._scheduler.update(step, drawn, now)
         self._num_steps += 1
         self._observer.on_step(
             StepRecord(
@@ -283,7 +283,7 @@ class Engine(Generic[P]):
                 request_ids=tuple(row.sequence.request_id for row in step.rows),
                 digests=tuple(row.sequence.digest for row in step.rows),
                 num_tokens=tuple(row.num_tokens for row in step.rows),
-                num_sampled=len(sampled),
+                num_sampled=sum(map(len, drawn)),
                 num_preempted=step.num_preempted,
             )
         )
@@ -292,18 +292,21 @@ class Engine(Generic[P]):
 
     def _events_of(self, outcome: Outcome, now: float) -> list[tuple[Sequence, Event]]:
         sequence = outcome.sequence
-        if outcome.token_id is None:
+        if not outcome.drawn:
             who = f"adapter {sequence.adapter_id}" if sequence.digest else "the base model"
             return [
                 self._fail(sequence, RequestError("NAN_LOGITS", f"{who} gave no finite logits"))
             ]
-        logprobs = () if outcome.logprobs is None else (outcome.logprobs,)
-        events: list[tuple[Sequence, Event]] = [(sequence, Tokens((outcome.token_id,), logprobs))]
+        token_ids = tuple(sampled.token_id for sampled in outcome.drawn)
+        logprobs = tuple(s.logprobs for s in outcome.drawn if s.logprobs is not None)
+        events: list[tuple[Sequence, Event]] = [(sequence, Tokens(token_ids, logprobs))]
         if outcome.finish is not None:
             del self._live[sequence.request_id]
-            stopped = outcome.token_id in sequence.stop.stop_token_ids
-            stop_token = outcome.token_id if stopped else None
-            finished = Finished(outcome.finish, stop_token, 0, sequence.timings(now))
+            stopped = token_ids[-1] in sequence.stop.stop_token_ids
+            stop_token = token_ids[-1] if stopped else None
+            finished = Finished(
+                outcome.finish, stop_token, sequence.num_cached, sequence.timings(now)
+            )
             events.append((sequence, finished))
         return events
 
@@ -329,7 +332,9 @@ class Engine(Generic[P]):
 
     def _fail_waiting(self, version: str, error: RequestError) -> None:
         """Every request that waits for this adapter gets the reason."""
-        self._send([self._fail(sequence, error) for sequence in self._scheduler.needing(version)])
+        self._send(
+            [self._fail(sequence, error) for sequence in self._scheduler.waiting.needing(version)]
+        )
 
     def _check(self, answer: Callable[[Exception | None], None]) -> None:
         try:

@@ -13,7 +13,7 @@ from loraplex.adapters.packing import PackedAdapter, Placed, blended
 from loraplex.engine.batch import DeviceMemory, build_input
 from loraplex.engine.graphs import Capture, DecodeGraphs, capture_on_cuda
 from loraplex.engine.sampler import sample
-from loraplex.engine.scheduler import Sampled, Scheduled
+from loraplex.engine.scheduler import Drawn, Scheduled
 from loraplex.engine.sequence import SamplingParams, Sequence, StopParams
 from loraplex.engine.transfer import copier_for
 from loraplex.model.config import MODULES, ModelConfig
@@ -116,7 +116,7 @@ class ModelRunner:
         max_blocks = -(-self._decoder.config.context_length // self._memory.block_tokens)
         self._graphs = capture(self._forward, self._memory, self._max_running, max_blocks, progress)
 
-    def run(self, rows: Seq[Scheduled]) -> list[Sampled]:
+    def run(self, rows: Seq[Scheduled]) -> list[Drawn]:
         """One forward pass over all rows; what was drawn for those that sample, in order."""
         if torch.get_num_threads() != self._num_threads:
             # Torch counts by thread, and gives a new one what any thread was last told to use.

@@ -11,7 +11,7 @@ from collections.abc import Sequence as Seq
 import torch
 from torch import Tensor
 
-from loraplex.engine.scheduler import Sampled
+from loraplex.engine.scheduler import Drawn, Sampled
 from loraplex.engine.sequence import Logprobs, SamplingParams, Sequence
 
 CANDIDATES = 256
@@ -21,8 +21,8 @@ MIN_TEMPERATURE = 1e-30
 """Below, the most likely token alone is left anyway."""
 
 
-def sample(logits: Tensor, sequences: Seq[Sequence]) -> list[Sampled]:
-    """One token a row; a row that is not finite fails. logits fp32 [rows, vocab], overwritten."""
+def sample(logits: Tensor, sequences: Seq[Sequence]) -> list[Drawn]:
+    """One token a row, none where it is not finite. logits fp32 [rows, vocab], overwritten."""
     finite = torch.isfinite(logits.amax(dim=-1) - logits.amin(dim=-1)).tolist()
     raw = {
         row: _logprobs(logits[row])
@@ -37,9 +37,9 @@ def sample(logits: Tensor, sequences: Seq[Sequence]) -> list[Sampled]:
             position = len(sequence.output_token_ids)
             tokens[row] = draw(logits[row], sequence.sampling, position)
     return [
-        Sampled(token, _chosen(raw.get(row), token, sequence.sampling.num_logprobs))
+        (Sampled(token, _chosen(raw.get(row), token, sequence.sampling.num_logprobs)),)
         if finite[row]
-        else Sampled(None)
+        else ()
         for row, (token, sequence) in enumerate(zip(tokens, sequences, strict=True))
     ]
 

@@ -15,15 +15,17 @@ any more. Adapters are read from disk for all who wait, from the moment they arr
 and copied ahead for those who wait only for a place among the running.
 """
 
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from itertools import islice
 
 from loraplex.adapters.pool import AdapterPool, Bind, Load, Room
-from loraplex.engine.arena import Arena, Use
+from loraplex.engine.arena import Arena
+from loraplex.engine.kv_memory import KVMemory
 from loraplex.engine.sequence import FinishReason, Logprobs, Phase, Sequence
+from loraplex.engine.waiting import WaitingQueue
 from loraplex.errors import RequestError
 
 NO_ROOM = Room(0, 0)
@@ -46,20 +48,27 @@ class SchedulerConfig:
 
 @dataclass(frozen=True, slots=True)
 class Scheduled:
-    """Tokens `start..start + num_tokens` of one sequence, in one step."""
+    """Tokens `start..start + num_tokens` of one sequence, in one step; its drafts among them."""
 
     sequence: Sequence
     start: int
     num_tokens: int
-    samples: bool  # its last token is the sequence's last one, so that a new one is drawn
+    samples: bool  # it reaches the sequence's last token, so that new ones are drawn
+    drafts: tuple[int, ...] = ()  # guesses at the tokens that come next, to be confirmed
 
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """What the model drew for one row that samples; None: its logits were not finite."""
+    """A token that the model drew."""
 
-    token_id: int | None
+    token_id: int
     logprobs: Logprobs | None = None
+
+
+Drawn = tuple[Sampled, ...]
+"""For one row that samples: the next token, and one more for each draft that was confirmed.
+
+Empty: its logits were not finite."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +90,7 @@ class Outcome:
     """What a step did to one sequence that sampled."""
 
     sequence: Sequence
-    token_id: int | None
-    logprobs: Logprobs | None
+    drawn: Drawn  # those that were appended; none: its logits were not finite
     finish: FinishReason | None
 
 
@@ -101,53 +109,45 @@ class _Draft:
 
 
 class Scheduler:
-    """Mutable: `waiting` in order of arrival, `running` in order of admission, and `_demand`, how
-    many of those waiting need each version, the one asked for first before the others."""
+    """Mutable: `waiting`, and `running` in order of admission."""
 
     def __init__(self, arena: Arena, pool: AdapterPool, config: SchedulerConfig) -> None:
         self.arena = arena
         self.pool = pool
         self.config = config
-        self.waiting: deque[Sequence] = deque()
+        self.kv = KVMemory(arena, pool, config.block_tokens)
+        self.waiting = WaitingQueue()
         self.running: list[Sequence] = []
-        self._demand = Counter[str]()
-        pool.awaited = self._demand.keys()
+        pool.awaited = self.waiting.versions
 
     def add(self, sequence: Sequence) -> None:
-        self.waiting.append(sequence)
-        self._demand.update(sequence.versions)
+        self.waiting.add(sequence)
         if sequence.digest is not None and self._has_adapters(sequence):
             sequence.adapter_ready_at = sequence.submitted_at
 
     def loaded(self, version: str, now: float) -> None:
         """An adapter that was on its way is there."""
         self.pool.loaded(version)
-        for sequence in self.needing(version):
+        for sequence in self.waiting.needing(version):
             if sequence.adapter_ready_at is None and self._has_adapters(sequence):
                 sequence.adapter_ready_at = now
-
-    def needing(self, version: str) -> list[Sequence]:
-        """Who waits for it, or waits and has it already."""
-        if version not in self._demand:
-            return []
-        return [sequence for sequence in self.waiting if version in sequence.versions]
 
     def is_awaited(self, version: str) -> bool:
         """Whether a sequence or a pin needs it on the device, where it has no place yet."""
         if self.pool.get(version) is not None:
             return False
-        return version in self._demand or version in self.pool.missing_pins
+        return version in self.waiting.versions or version in self.pool.missing_pins
 
     @property
     def awaited(self) -> list[str]:
         """All such versions."""
-        absent = [version for version in self._demand if self.pool.get(version) is None]
+        absent = [version for version in self.waiting.versions if self.pool.get(version) is None]
         return list(dict.fromkeys([*self.pool.missing_pins, *absent]))
 
     def abort(self, sequence: Sequence) -> None:
         """Take a sequence out wherever it stands, and everything it held back."""
         if sequence.phase is Phase.WAITING:
-            self._leave_queue(sequence)
+            self.waiting.remove(sequence)
         elif sequence.phase is Phase.RUNNING:
             self.running.remove(sequence)
             self._release(sequence)
@@ -178,28 +178,26 @@ class Scheduler:
             num_evicted=self.pool.num_evicted - num_evicted,
         )
 
-    def update(self, step: Step, sampled: Seq[Sampled], now: float) -> list[Outcome]:
-        """Take in what a step computed: `sampled` is parallel to the rows that sample."""
+    def update(self, step: Step, drawn: Seq[Drawn], now: float) -> list[Outcome]:
+        """Take in what a step computed: `drawn` is parallel to the rows that sample."""
         outcomes = []
-        draws = iter(sampled)
+        draws = iter(drawn)
         for row in step.rows:
-            row.sequence.num_computed = row.start + row.num_tokens
+            tokens = next(draws) if row.samples else ()
+            num_rejected = 1 + len(row.drafts) - max(1, len(tokens))
+            row.sequence.num_computed = row.start + row.num_tokens - num_rejected
+            self.kv.commit(row.sequence)
             if row.samples:
-                outcomes.append(self._take(row.sequence, next(draws), now))
+                outcomes.append(self._take(row.sequence, tokens, now))
         return outcomes
-
-    def blocks_for(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.config.block_tokens)
 
     def check_integrity(self) -> None:
         self.arena.check_integrity()
         self.pool.check_integrity()
-        held = sum(len(sequence.block_table) for sequence in self.running)
-        assert held == self.arena.count(Use.KV), "KV blocks and running sequences disagree"
+        self.kv.check_integrity(self.running)
+        self.waiting.check_integrity()
         uses = Counter(digest for sequence in self.running for digest in _needs(sequence))
         assert uses == self.pool.references(), "references and running sequences disagree"
-        wanted = Counter(version for sequence in self.waiting for version in sequence.versions)
-        assert wanted == self._demand, "the demand is miscounted"
         for sequence in self.waiting:
             assert sequence.phase is Phase.WAITING, "one that does not wait is in the queue"
             assert not sequence.block_table, "one that waits holds blocks"
@@ -231,13 +229,7 @@ class Scheduler:
 
         One that runs alone fails, unless an adapter on its way holds what it could have later.
         """
-        missing = self.blocks_for(num_tokens) - len(sequence.block_table)
-        while missing > 0:
-            evicted = self.pool.make_room(missing)
-            if evicted is not None:
-                self._hold_the_line(evicted)
-                sequence.block_table += self._allocate(missing)
-                break
+        while (evicted := self.kv.grow(sequence, num_tokens)) is None:
             newest = self.running[-1]
             if len(self.running) == 1 and not self.pool.is_loading:
                 draft.failed.append((sequence, _out_of_memory()))
@@ -247,11 +239,12 @@ class Scheduler:
             draft.num_preempted += 1
             if newest is sequence:
                 return False
+        self._hold_the_line(evicted)
         return True
 
     def _hold_the_line(self, evicted: Iterable[str]) -> None:
         for version in evicted:
-            for sequence in self.needing(version):
+            for sequence in self.waiting.needing(version):
                 sequence.is_overtakable = False
 
     def _preempt(self, sequence: Sequence) -> None:
@@ -259,8 +252,7 @@ class Scheduler:
         self.running.remove(sequence)
         self._release(sequence)
         sequence.phase = Phase.WAITING
-        self.waiting.appendleft(sequence)
-        self._demand.update(sequence.versions)
+        self.waiting.put_back(sequence)
 
     # Those that wait.
 
@@ -297,13 +289,13 @@ class Scheduler:
         """Adapters of those who only wait for a place; nothing goes for it that anybody wants."""
         claimed = NO_ROOM
         for sequence in islice(self.waiting, self.config.max_running):
-            if not self._bring(sequence, self._demand.keys(), claimed, draft):
+            if not self._bring(sequence, self.waiting.versions, claimed, draft):
                 return
             claimed = self._claim(sequence, claimed)
 
     def _claim(self, sequence: Sequence, claimed: Room) -> Room:
         """And what this one needs beside its adapters."""
-        num_blocks = self.blocks_for(sequence.num_tokens)
+        num_blocks = self.kv.blocks_for(sequence.num_tokens)
         return Room(claimed.blocks + num_blocks, claimed.slots + bool(sequence.blend))
 
     def _bring(
@@ -339,18 +331,17 @@ class Scheduler:
 
     def _start(self, sequence: Sequence, keep: set[str], draft: _Draft) -> bool:
         """Give a waiting sequence its blocks and adapter; False if there is no room."""
-        digest, num_blocks = sequence.digest, self.blocks_for(sequence.num_tokens)
+        digest = sequence.digest
         is_unbound = digest is not None and self.pool.get(digest) is None
-        if self.pool.make_room(num_blocks, int(is_unbound), keep) is None:
+        if not self.kv.start(sequence, int(is_unbound), keep):
             return False
         if digest is not None and is_unbound:
             bind = self.pool.bind(digest, sequence.blend, keep)
             assert bind is not None, "room was made that is not there"
             draft.binds.append(bind)
-        self._leave_queue(sequence)
+        self.waiting.remove(sequence)
         if digest is not None:
             sequence.slot = self.pool.acquire(digest)
-        sequence.block_table = self._allocate(num_blocks)
         sequence.phase = Phase.RUNNING
         self.running.append(sequence)
         if sequence.admitted_at is None:
@@ -359,11 +350,13 @@ class Scheduler:
 
     def _wanted(self, size_of: SizeOf) -> tuple[list[str], list[str]]:
         """What must be read: for pins and the first in the queue; for others, most wanted first."""
-        missing = [v for v in self._demand if self.pool.get(v) is None and size_of(v) is None]
-        missing.sort(key=lambda version: -self._demand[version])
+        wanted = self.waiting.versions
+        missing = [v for v in wanted if self.pool.get(v) is None and size_of(v) is None]
+        missing.sort(key=lambda version: -self.waiting.demand(version))
         urgent = [version for version in self.pool.missing_pins if size_of(version) is None]
         if missing:
-            urgent += [v for v in self.waiting[0].versions if v in missing and v not in urgent]
+            first = next(iter(self.waiting))
+            urgent += [v for v in first.versions if v in missing and v not in urgent]
         return urgent, [version for version in missing if version not in urgent]
 
     def _wait_anew(self) -> None:
@@ -375,7 +368,7 @@ class Scheduler:
     def _refusal(self, sequence: Sequence, size_of: SizeOf) -> RequestError | None:
         """Why it never fits beside what is pinned, as far as its adapters' sizes are known."""
         pool, versions = self.pool, sequence.versions
-        blocks = self.blocks_for(sequence.num_tokens)
+        blocks = self.kv.blocks_for(sequence.num_tokens)
         blocks += sum(pool.num_blocks_of(v) or size_of(v) or 0 for v in versions)
         slots = len(versions) + bool(sequence.blend)
         pinned = pool.pinned_room(but=versions)
@@ -392,38 +385,29 @@ class Scheduler:
 
     # Small change.
 
-    def _take(self, sequence: Sequence, drawn: Sampled, now: float) -> Outcome:
-        if drawn.token_id is None:
+    def _take(self, sequence: Sequence, drawn: Drawn, now: float) -> Outcome:
+        if not drawn:
             self.abort(sequence)
-            return Outcome(sequence, None, None, None)
-        sequence.output_token_ids.append(drawn.token_id)
+            return Outcome(sequence, (), None)
+        finish = None
+        taken = []
+        for sampled in drawn:
+            taken.append(sampled)
+            sequence.output_token_ids.append(sampled.token_id)
+            if sampled.token_id in sequence.stop.stop_token_ids:
+                finish = FinishReason.STOP_TOKEN
+            elif len(sequence.output_token_ids) >= sequence.stop.max_tokens:
+                finish = FinishReason.LENGTH
+            if finish is not None:
+                break
         if sequence.first_token_at is None:
             sequence.first_token_at = now
-        finish = None
-        if drawn.token_id in sequence.stop.stop_token_ids:
-            finish = FinishReason.STOP_TOKEN
-        elif len(sequence.output_token_ids) >= sequence.stop.max_tokens:
-            finish = FinishReason.LENGTH
         if finish is not None:
             self.abort(sequence)
-        return Outcome(sequence, drawn.token_id, drawn.logprobs, finish)
-
-    def _allocate(self, num_blocks: int) -> list[int]:
-        blocks = self.arena.allocate(num_blocks, Use.KV)
-        assert blocks is not None, "room was made that is not there"
-        return blocks
-
-    def _leave_queue(self, sequence: Sequence) -> None:
-        self.waiting.remove(sequence)
-        self._demand.subtract(sequence.versions)
-        for version in sequence.versions:
-            if not self._demand[version]:
-                del self._demand[version]
+        return Outcome(sequence, tuple(taken), finish)
 
     def _release(self, sequence: Sequence) -> None:
-        self.arena.free(sequence.block_table)
-        sequence.block_table = []
-        sequence.num_computed = 0
+        self.kv.release(sequence)
         if sequence.slot is not None:
             assert sequence.digest is not None
             self.pool.release(sequence.digest)

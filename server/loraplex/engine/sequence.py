@@ -109,10 +109,14 @@ class Sequence:
     adapter_id: str = ""  # the name it was asked for by, for messages only
     blend: tuple[BlendPart, ...] = ()  # the members, when `digest` is a blend's
     adapter_start: int = 0  # position of the first token that the adapter acts on (aLoRA)
+    tenant: str = ""  # whose it is: nothing is shared between tenants
+    priority: int = 0  # higher goes first
+    deadline: float | None = None  # the engine's clock; None: it has time
 
     phase: Phase = Phase.WAITING
     output_token_ids: list[int] = field(default_factory=list)
     num_computed: int = 0  # tokens whose KV is in the arena
+    num_cached: int = 0  # prompt tokens whose KV was there already when it was first admitted
     block_table: list[int] = field(default_factory=list)
     slot: int | None = None  # the adapter's row in the device tables, while it is held
     is_overtakable: bool = True  # False: its adapter was taken away again while it waited

@@ -6,7 +6,7 @@ from collections.abc import Sequence as Seq
 from concurrent.futures import Future
 from dataclasses import dataclass
 
-from loraplex.engine.scheduler import Sampled, Scheduled
+from loraplex.engine.scheduler import Drawn, Sampled, Scheduled
 from loraplex.engine.sequence import Sequence
 
 SICK = 666  # a prompt of this token gives logits that are not finite
@@ -70,7 +70,7 @@ class FakeRunner:
         self.copied: list[tuple[str, tuple[int, ...]]] = []
         self.bound: dict[int, str] = {}  # a slot's digest, or what a blend is made of
 
-    def run(self, rows: Seq[Scheduled]) -> list[Sampled]:
+    def run(self, rows: Seq[Scheduled]) -> list[Drawn]:
         self.gate.enter()
         self.pretended += self.seconds
         for row in rows:
@@ -80,10 +80,10 @@ class FakeRunner:
             raise ValueError("the device is on fire")
         return [self.draw(row.sequence) for row in rows if row.samples]
 
-    def draw(self, sequence: Sequence) -> Sampled:
+    def draw(self, sequence: Sequence) -> Drawn:
         if SICK in sequence.prompt_token_ids:
-            return Sampled(None)
-        return Sampled(token_at(sequence.prompt_token_ids, len(sequence.output_token_ids)))
+            return ()
+        return (Sampled(token_at(sequence.prompt_token_ids, len(sequence.output_token_ids))),)
 
     def copy_adapter(self, packed: Packed, blocks: Seq[int]) -> None:
         if packed.digest == "uncopyable":

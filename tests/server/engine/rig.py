@@ -61,7 +61,8 @@ class Rig:
         return step
 
     def update(self, step: Step, token_id: int | None = 1) -> list[Outcome]:
-        drawn = [Sampled(token_id) for row in step.rows if row.samples]
+        draw = () if token_id is None else (Sampled(token_id),)
+        drawn = [draw for row in step.rows if row.samples]
         outcomes = self.scheduler.update(step, drawn, self.now)
         self.scheduler.check_integrity()
         return outcomes

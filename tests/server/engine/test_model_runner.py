@@ -43,8 +43,7 @@ def steps(runner: ModelRunner) -> list[int]:
             Scheduled(s, start, s.num_tokens - start, True)
             for s, start in zip(sequences, done, strict=True)
         ]
-        for sequence, sampled in zip(sequences, runner.run(rows), strict=True):
-            assert sampled.token_id is not None
+        for sequence, (sampled,) in zip(sequences, runner.run(rows), strict=True):
             sequence.output_token_ids.append(sampled.token_id)
             drawn.append(sampled.token_id)
     return drawn
@@ -74,7 +73,7 @@ def logprobs(runner: ModelRunner, slot: int | None) -> dict[int, float]:
     """Of every token after one prompt, by the adapter in this slot."""
     params = SamplingParams(temperature=0.0, num_logprobs=CONFIG_OF_MODEL.vocab_size)
     sequence = Sequence("a", [1, 2, 3], params, StopParams(9), block_table=[15], slot=slot)
-    (sampled,) = runner.run([Scheduled(sequence, 0, 3, True)])
+    ((sampled,),) = runner.run([Scheduled(sequence, 0, 3, True)])
     assert sampled.logprobs is not None
     return dict(sorted(sampled.logprobs.top))
 

@@ -36,7 +36,7 @@ def logits_of(vocab: int, spread: float = 3.0, seed: int = 0) -> Tensor:
 
 
 def tokens(logits: Tensor, sequences: list[Sequence]) -> list[int | None]:
-    return [sampled.token_id for sampled in sample(logits.clone(), sequences)]
+    return [sampled.token_id for (sampled,) in sample(logits.clone(), sequences)]
 
 
 def transformers_probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
@@ -200,8 +200,7 @@ def test_logprobs_are_of_the_raw_logits() -> None:
     raw = logits[0].double().log_softmax(-1)
     best = raw.topk(3)
     rows = [sequence(replace(params, num_logprobs=count), OUTPUT) for count in counts]
-    full, chosen_only, none = sample(logits.clone(), rows)
-    assert full.token_id is not None
+    (full,), (chosen_only,), (none,) = sample(logits.clone(), rows)
     assert full.logprobs is not None
     assert full.logprobs.logprob == pytest.approx(float(raw[full.token_id]), abs=1e-5)
     assert [token for token, _ in full.logprobs.top] == best.indices.tolist()
@@ -218,8 +217,8 @@ def test_rows_that_are_not_finite_fail_alone(bad: float, params: SamplingParams)
     logits = logits_of(300).repeat(3, 1)
     logits[1, 250] = bad
     first, sick, last = sample(logits, [sequence(params, OUTPUT) for _ in range(3)])
-    assert (sick.token_id, sick.logprobs) == (None, None)
-    assert first.token_id == last.token_id is not None
+    assert sick == ()
+    assert first[0].token_id == last[0].token_id
 
 
 def test_uniform_at_is_uniform() -> None:

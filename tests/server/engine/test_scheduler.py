@@ -162,7 +162,7 @@ def test_the_end_of_a_sequence(token_id: int, max_tokens: int, finish: FinishRea
     rig.resident("x")
     sequence = rig.add("a", 3, "x", max_tokens=max_tokens)
     (outcome,) = rig.update(rig.schedule(), token_id)
-    assert outcome == Outcome(sequence, token_id, None, finish)
+    assert outcome == Outcome(sequence, (Sampled(token_id),), finish)
     assert sequence.output_token_ids == [token_id]
     assert (sequence.phase is Phase.FINISHED) == (finish is not None)
     assert (rig.arena.count(Use.KV) == 0) == (finish is not None)
@@ -173,8 +173,8 @@ def test_logits_that_are_not_finite_end_their_sequence_only() -> None:
     sick, well = rig.add("sick", 3), rig.add("well", 3)
     step = rig.schedule()
     logprobs = Logprobs(-0.5, ())
-    outcomes = rig.scheduler.update(step, [Sampled(None), Sampled(5, logprobs)], rig.now)
-    assert outcomes == [Outcome(sick, None, None, None), Outcome(well, 5, logprobs, None)]
+    outcomes = rig.scheduler.update(step, [(), (Sampled(5, logprobs),)], rig.now)
+    assert outcomes == [Outcome(sick, (), None), Outcome(well, (Sampled(5, logprobs),), None)]
     assert sick.phase is Phase.FINISHED
     assert rig.step() == "well:3+1*"
 

@@ -18,7 +18,14 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from loraplex.adapters.pool import AdapterPool
 from loraplex.adapters.tiers import HostTier, Tier
 from loraplex.engine.arena import Arena, Use
-from loraplex.engine.scheduler import Sampled, Scheduled, Scheduler, SchedulerConfig, Step
+from loraplex.engine.scheduler import (
+    Drawn,
+    Sampled,
+    Scheduled,
+    Scheduler,
+    SchedulerConfig,
+    Step,
+)
 from loraplex.engine.sequence import (
     BlendPart,
     FinishReason,
@@ -258,7 +265,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.disk.end_copy(data.draw(st.integers(0, len(self.disk.copies) - 1)), fails == 4)
 
     def fail_waiting(self, version: str, error: RequestError) -> None:
-        for sequence in self.scheduler.needing(version):
+        for sequence in self.scheduler.waiting.needing(version):
             self.live.remove(sequence)
             self.scheduler.abort(sequence)
 
@@ -300,11 +307,11 @@ class SchedulerMachine(RuleBasedStateMachine):
     def run_step(self, num_nan: int = 0) -> Step:
         """As the engine does."""
         step = self.decide()
-        sampled: list[Sampled] = []
+        sampled: list[Drawn] = []
         for row in step.rows:
             token = self.device.run(row)
             if row.samples:
-                sampled.append(Sampled(None if len(sampled) < num_nan else token))
+                sampled.append(() if len(sampled) < num_nan else (Sampled(token),))
         self.take(step, sampled)
         return step
 
@@ -325,10 +332,10 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.check_failure(sequence, error)
         return step
 
-    def take(self, step: Step, sampled: list[Sampled]) -> None:
+    def take(self, step: Step, sampled: list[Drawn]) -> None:
         for outcome in self.scheduler.update(step, sampled, now=0.0):
             sequence = outcome.sequence
-            if outcome.token_id is None:
+            if not outcome.drawn:
                 assert sequence.phase is Phase.FINISHED
                 self.live.remove(sequence)
             elif outcome.finish is not None:
@@ -367,7 +374,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.live.remove(sequence)
         pinned = self.pool.pinned_room()
         others = [version for version in sequence.versions if not self.pool.is_pinned(version)]
-        blocks = self.scheduler.blocks_for(sequence.num_tokens) + pinned.blocks
+        blocks = self.scheduler.kv.blocks_for(sequence.num_tokens) + pinned.blocks
         blocks += sum(self.sizes[version] for version in others)
         slots = len(others) + bool(sequence.blend) + pinned.slots
         fits = blocks <= self.arena.num_blocks and slots <= self.pool.num_slots
@@ -380,7 +387,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert sequence.output_token_ids or error.retry_after is not None
 
     def fits_alone(self, sequence: Sequence) -> bool:
-        blocks = self.scheduler.blocks_for(sequence.num_tokens)
+        blocks = self.scheduler.kv.blocks_for(sequence.num_tokens)
         blocks += sum(self.sizes[version] for version in sequence.versions)
         slots = len(sequence.versions) + bool(sequence.blend)
         return blocks <= self.arena.num_blocks and slots <= self.pool.num_slots

@@ -52,7 +52,7 @@ class Bench:
 
     def fail(self, version: str, error: RequestError) -> None:
         self.failed.append(f"{version} {error.reason.name}")
-        for sequence in self.scheduler.needing(version):
+        for sequence in self.scheduler.waiting.needing(version):
             self.scheduler.abort(sequence)
 
     def add(self, *digests: str | None) -> list[Sequence]:
@@ -124,8 +124,9 @@ def test_beyond_the_budget_a_few_are_held_and_those_of_the_first_always() -> Non
     assert (held(bench), bench.reading) == ("bcd", "e")
     assert bench.evictions == [(Tier.HOST, 1)]
     late = bench.add("h")[0]
-    bench.scheduler.waiting.rotate(1)  # as one that had to give way
-    assert bench.scheduler.waiting[0] is late
+    bench.scheduler.waiting.remove(late)
+    bench.scheduler.waiting.put_back(late)  # as one that had to give way
+    assert next(iter(bench.scheduler.waiting)) is late
     bench.step()
     assert bench.reading == "eh"
 
