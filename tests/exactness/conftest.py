@@ -17,7 +17,7 @@ from loraplex.model.default import ensure_default_model
 from loraplex.model.linear import WeightForm
 from loraplex.model.loader import LoadOptions, load_decoder
 from loraplex.model.tokenizer import Tokenizer
-from loraplex_kernels.dispatch import cpu_ops
+from loraplex_kernels.dispatch import cpu_ops, multiplies_codes
 from loraplex_kernels.ops import Ops
 from loraplex_kernels.reference import TorchOps
 from torch import Tensor
@@ -93,7 +93,9 @@ def float32(decoder_of: DecoderOf, ops: Ops, folders: Folders) -> Harness:
 
 @pytest.fixture(scope="module")
 def bfloat16(decoder_of: DecoderOf, ops: Ops, folders: Folders) -> Harness:
-    return Harness(decoder_of(BF16, WeightForm.DENSE), ops, folders)
+    """By the form that serves on this CPU: from the 4-bit codes where it has matrix tiles."""
+    form = WeightForm.PACKED if multiplies_codes(ops, BF16) else WeightForm.DENSE
+    return Harness(decoder_of(BF16, form), ops, folders)
 
 
 @pytest.fixture(scope="module")
@@ -103,9 +105,9 @@ def torch_ops(decoder_of: DecoderOf, folders: Folders) -> Harness:
 
 
 @pytest.fixture(scope="module")
-def packed(decoder_of: DecoderOf, ops: Ops, folders: Folders) -> Harness:
-    """In bfloat16, from the 4-bit codes."""
-    return Harness(decoder_of(BF16, WeightForm.PACKED), ops, folders, num_blocks=224)
+def dense(decoder_of: DecoderOf, ops: Ops, folders: Folders) -> Harness:
+    """In bfloat16, from the dequantised copy, layer by layer: what serves on other CPUs."""
+    return Harness(decoder_of(BF16, WeightForm.DENSE), ops, folders, num_blocks=224)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import pytest
 from loraplex.engine.sequence import SamplingParams
-from loraplex_kernels.native.ops import LONG_SEGMENT
+from loraplex_kernels.segments import LONG_TILE_ROWS
 from torch import Tensor
 
 from tests.exactness.cases import Case, all_batches, all_cases, digest_of
@@ -81,7 +81,7 @@ def test_long_prompts(float32: Harness, reference: Reference, prompts: Prompts) 
         error = relative_error(answer.logits, reference.logits(case.adapter, prompt))
         print(f"{case.name}: relative logit error {error:.1e} over {len(prompt)} tokens")
         assert error < TOLERANCE
-    assert max(max(step.num_tokens) for step in steps) > LONG_SEGMENT
+    assert max(max(step.num_tokens) for step in steps) > LONG_TILE_ROWS
 
 
 @pytest.mark.parametrize("name", ["base", "rank 64", "example pirate"])
@@ -101,11 +101,11 @@ def test_eight_at_once_in_bfloat16(
         compare_bfloat16(case, answer, expected(case), peft_error(case))
 
 
-def test_eight_at_once_from_the_codes_in_bfloat16(
-    packed: Harness, expected: Expected, forced: Forced, peft_error: PeftError
+def test_eight_at_once_from_the_dequantised_copy_in_bfloat16(
+    dense: Harness, expected: Expected, forced: Forced, peft_error: PeftError
 ) -> None:
     batch = all_batches()[-1]
-    answers, _ = packed.run([forced(case) for case in batch])
+    answers, _ = dense.run([forced(case) for case in batch])
     for case, answer in zip(batch, answers, strict=True):
         compare_bfloat16(case, answer, expected(case), peft_error(case))
 

@@ -3,7 +3,7 @@
 Both are NaN wherever an op has no business, so that a read too far shows.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -178,13 +178,20 @@ class Paged:
 NO_TABLES = (torch.zeros(1, 1, dtype=torch.int32), None, None)
 
 
-def paged(heads: Heads, dtype: torch.dtype, rng: torch.Generator) -> Paged:
-    contexts = DECODES + [context for context, _ in PREFILLS]
-    queries = [1] * len(DECODES) + [count for _, count in PREFILLS]
-    num_blocks = [-(-context // BLOCK_TOKENS) for context in contexts]
-    cache = poison((sum(num_blocks) + 9) * 2 * 2 * heads.kv * BLOCK_TOKENS * heads.dim * 4)
+def paged(
+    heads: Heads,
+    dtype: torch.dtype,
+    rng: torch.Generator,
+    block_tokens: int = BLOCK_TOKENS,
+    decodes: Sequence[int] = DECODES,
+    prefills: Sequence[tuple[int, int]] = PREFILLS,
+) -> Paged:
+    contexts = [*decodes, *(context for context, _ in prefills)]
+    queries = [1] * len(decodes) + [count for _, count in prefills]
+    num_blocks = [-(-context // block_tokens) for context in contexts]
+    cache = poison((sum(num_blocks) + 9) * 2 * 2 * heads.kv * block_tokens * heads.dim * 4)
     cache = cache.view(dtype)[: cache.numel() // 4]
-    cache = cache.view(-1, 2, 2, heads.kv, BLOCK_TOKENS, heads.dim)  # as the arena: two layers
+    cache = cache.view(-1, 2, 2, heads.kv, block_tokens, heads.dim)  # as the arena: two layers
     k_cache, v_cache = cache[:, 1, 0], cache[:, 1, 1]
     shuffled = torch.randperm(cache.shape[0], generator=rng).tolist()
     tables = torch.zeros(len(contexts), max(num_blocks) + 1, dtype=torch.int32)
@@ -195,14 +202,14 @@ def paged(heads: Heads, dtype: torch.dtype, rng: torch.Generator) -> Paged:
         k.append(torch.randn(context, heads.kv, heads.dim, generator=rng).to(dtype))
         v.append(torch.randn(context, heads.kv, heads.dim, generator=rng).to(dtype))
         for token in range(context):
-            block = blocks[token // BLOCK_TOKENS]
-            k_cache[block, :, token % BLOCK_TOKENS] = k[-1][token]
-            v_cache[block, :, token % BLOCK_TOKENS] = v[-1][token]
+            block = blocks[token // block_tokens]
+            k_cache[block, :, token % block_tokens] = k[-1][token]
+            v_cache[block, :, token % block_tokens] = v[-1][token]
     starts = [sum(queries[:index]) for index in range(len(queries) + 1)]
     qkv = torch.full((starts[-1], heads.query + 2 * heads.kv, heads.dim), torch.nan, dtype=dtype)
     qkv[:, : heads.query] = torch.randn(starts[-1], heads.query, heads.dim, generator=rng) * 2
     where = AttentionInput(
-        num_decode=len(DECODES),
+        num_decode=len(decodes),
         query_starts=starts,
         context_lens=contexts,
         context_table=torch.tensor(contexts, dtype=torch.int32),

@@ -4,14 +4,15 @@ import ctypes
 import math
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
 from loraplex_kernels.native import NativeOps
-from loraplex_kernels.native.ops import LONG_SEGMENT
-from loraplex_kernels.ops import AttentionInput, Ops
+from loraplex_kernels.ops import AttentionInput, Ops, Projection
 from loraplex_kernels.reference import TorchOps
 from loraplex_kernels.segments import NO_ADAPTER
+from loraplex_kernels.tables import GRANULE_RANK, view
 from torch import Tensor
 
 from tests.kernels.inputs import (
@@ -46,6 +47,13 @@ def ops(request: pytest.FixtureRequest) -> Ops:
     return NativeOps(library)
 
 
+@pytest.fixture
+def native(native_library: ctypes.CDLL) -> NativeOps:
+    ops = NativeOps(native_library)
+    native_library.loraplex_set_num_threads(2)
+    return ops
+
+
 def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
     """Largest error against the largest value."""
     assert actual.dtype == dtype
@@ -65,26 +73,58 @@ def test_lora(ops: Ops, bank: Bank, rng: torch.Generator, popularity: str, num_r
 
 
 def test_lora_of_segments_short_and_long(ops: Ops, bank: Bank, rng: torch.Generator) -> None:
-    """Two decode rows, then prefills at both sides of the length that is computed otherwise."""
-    long, short = LONG_SEGMENT, LONG_SEGMENT - 1
-    check_lora(ops, bank, rng, [1, 4, *[3] * long, *[1] * short, -1, *[2] * (long + 5)])
+    """Two decode rows, then prefills about the lengths of a chunk and of a panel of rows."""
+    check_lora(ops, bank, rng, [1, 4, *[3] * 65, *[1] * 15, -1, *[2] * 16, *[0] * 17])
+
+
+NARROW = (Projection(0, 0, 5), Projection(1, 5, 13), Projection(2, 18, 3))
+WIDE = (Projection(2, 0, 160), Projection(0, 160, 64), Projection(1, 224, 64))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("k", "projections"), [(7, NARROW), (192, WIDE)], ids=["7", "192"])
+def test_lora_of_other_sizes(
+    ops: Ops,
+    dtype: torch.dtype,
+    k: int,
+    projections: tuple[Projection, ...],
+    rng: torch.Generator,
+) -> None:
+    check_lora(ops, bank_of(dtype, rng, k, projections), rng, [1, 4, *[3] * 21, -1, 0, 2])
+
+
+def test_lora_keeps_a_sick_adapter_in_its_own_rows(
+    ops: Ops, bank: Bank, rng: torch.Generator
+) -> None:
+    slots = [0, 3, 3, 1, -1, 0]
+    for a, b, _ in bank.tables.granules(3, 1, 0):
+        view(bank.arena, a, GRANULE_RANK, K, bank.dtype)[0, 5] = torch.nan
+        view(bank.arena, b, GRANULE_RANK, 40, bank.dtype)[2] = torch.inf
+    x = torch.randn(len(slots), K, generator=rng).to(bank.dtype)
+    x[5] = torch.inf
+    y = torch.zeros(len(slots), N, dtype=bank.dtype)
+    ops.lora_(y, x, bank.lora_input(slots), 1, PROJECTIONS)
+    sick = (~y.isfinite()).any(1)
+    assert sick.tolist() == [False, True, True, False, False, True]
 
 
 def check_lora(ops: Ops, bank: Bank, rng: torch.Generator, slots: list[int]) -> None:
-    x = torch.randn(len(slots), K, generator=rng).to(bank.dtype)
-    y = torch.randn(len(slots), N, generator=rng).to(bank.dtype)
+    k = next(iter(bank.matrices.values()))[0].shape[1]
+    x = torch.randn(len(slots), k, generator=rng).to(bank.dtype)
+    num_outputs = sum(projection.width for projection in bank.projections)
+    y = torch.randn(len(slots), num_outputs, generator=rng).to(bank.dtype)
     before = y.clone()
     lora = bank.lora_input(slots)
-    ops.lora_(y, x, lora, 1, PROJECTIONS)
+    ops.lora_(y, x, lora, 1, bank.projections)
     assert_close(y, bank.reference(before, x, slots, 1), bank.dtype)
     for row, slot in enumerate(slots):
-        for module, column, width in PROJECTIONS:
+        for module, column, width in bank.projections:
             if slot == NO_ADAPTER or RANKS[slot][module] == 0:
                 columns = slice(column, column + width)
                 assert torch.equal(y[row, columns], before[row, columns])
 
 
-@pytest.mark.parametrize("num_rows", [24, LONG_SEGMENT])
+@pytest.mark.parametrize("num_rows", [24, 96])
 def test_lora_in_bf16_rounds_as_little_as_plain_products(
     ops: Ops, rng: torch.Generator, num_rows: int
 ) -> None:
@@ -139,6 +179,8 @@ HEADS = [
     pytest.param(Heads(9, 3, 64), id="gqa3x64"),
     pytest.param(Heads(8, 2, 80), id="gqa4x80"),
     pytest.param(Heads(4, 1, 128), id="mqa4x128"),
+    pytest.param(Heads(2, 2, 16), id="mha16"),
+    pytest.param(Heads(3, 1, 24), id="mqa3x24"),
 ]
 
 
@@ -175,12 +217,15 @@ def test_attention(ops: Ops, dtype: torch.dtype, heads: Heads, rng: torch.Genera
     assert_close(out, attention_reference(data, heads), dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("window", [1, 17, 1000])
-def test_attention_in_a_window(ops: Ops, window: int, rng: torch.Generator) -> None:
+def test_attention_in_a_window(
+    ops: Ops, dtype: torch.dtype, window: int, rng: torch.Generator
+) -> None:
     heads = Heads(9, 3, 64)
-    data = paged(heads, torch.float32, rng)
+    data = paged(heads, dtype, rng)
     out = attend(ops, data, data.qkv, data.where, window)
-    assert_close(out, attention_reference(data, heads, window), torch.float32)
+    assert_close(out, attention_reference(data, heads, window), dtype)
 
 
 def test_attention_gives_zeros_for_padding(ops: Ops, rng: torch.Generator) -> None:
@@ -305,13 +350,6 @@ def test_silu_mul_keeps_nan(ops: Ops) -> None:
 # A row's result depends on that row alone, bit for bit; so a request answers the same in any batch.
 
 
-@pytest.fixture
-def native(native_library: ctypes.CDLL) -> NativeOps:
-    ops = NativeOps(native_library)
-    native_library.loraplex_set_num_threads(2)
-    return ops
-
-
 def alone(data: Paged, index: int) -> tuple[Tensor, AttentionInput]:
     where = AttentionInput(
         num_decode=1,
@@ -329,7 +367,30 @@ def rows(tensor: Tensor) -> Iterator[Tensor]:
     return (tensor[row : row + 1] for row in range(tensor.shape[0]))
 
 
+# Contexts and queries about the sizes in which the compiled form takes keys: 32, 128 and 512.
+LONG_DECODES = [31, 128, 129, 512, 513, 1100]
+LONG_PREFILLS = [(514, 2), (530, 9), (1030, 9), (300, 300), (700, 130)]
+
 if HAS_COMPILER:
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize(
+        ("block_tokens", "window"), [(16, None), (32, 200), (48, None), (8, 600)]
+    )
+    def test_attention_over_long_contexts(
+        native: NativeOps,
+        dtype: torch.dtype,
+        block_tokens: int,
+        window: int | None,
+        rng: torch.Generator,
+    ) -> None:
+        """Against the torch form in fp32, which the tests above hold to the definition."""
+        data = paged(Heads(6, 2, 32), dtype, rng, block_tokens, LONG_DECODES, LONG_PREFILLS)
+        wide = replace(
+            data, qkv=data.qkv.float(), k_cache=data.k_cache.float(), v_cache=data.v_cache.float()
+        )
+        out = attend(native, data, data.qkv, data.where, window)
+        assert_close(out, attend(TorchOps(), wide, wide.qkv, wide.where, window), dtype)
 
     def test_native_lora_row_by_row(native: NativeOps, bank: Bank, rng: torch.Generator) -> None:
         slots = POPULARITY["zipf"](41, rng)
@@ -345,12 +406,32 @@ if HAS_COMPILER:
     def test_native_decode_attention_row_by_row(
         native: NativeOps, dtype: torch.dtype, rng: torch.Generator
     ) -> None:
-        data = paged(Heads(9, 3, 64), dtype, rng)
+        data = paged(Heads(9, 3, 64), dtype, rng, decodes=[*DECODES, 513, 1100])
         together = attend(native, data, data.qkv, data.where)
-        for index in range(len(DECODES)):
+        for index in range(data.where.num_decode):
             qkv, where = alone(data, index)
             single = attend(native, data, qkv, where)
             assert torch.equal(single[0], together[index])
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_native_attention_of_a_prefill_row_by_row(
+        native: NativeOps, dtype: torch.dtype, rng: torch.Generator
+    ) -> None:
+        """A token decoded, verified among drafts or prefilled: the same bits."""
+        context, queries = 1030, 60
+        data = paged(Heads(9, 3, 64), dtype, rng, decodes=[], prefills=[(context, queries)])
+        together = attend(native, data, data.qkv, data.where)
+        for first, count in [(0, 1), (7, 5), (20, 1), (53, 7), (59, 1)]:
+            seen = context - queries + first + count
+            where = replace(
+                data.where,
+                num_decode=int(count == 1),
+                query_starts=[0, count],
+                context_lens=[seen],
+                context_table=torch.tensor([seen], dtype=torch.int32),
+            )
+            some = attend(native, data, data.qkv[first : first + count], where)
+            assert torch.equal(some, together[first : first + count])
 
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_native_side_work_row_by_row(

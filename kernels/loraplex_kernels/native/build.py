@@ -1,4 +1,4 @@
-"""Compile `ops.cpp` with the machine's C++ compiler: one library a source and processor."""
+"""Compile `ops.cpp` and its headers with the machine's C++ compiler: one library a processor."""
 
 import ctypes
 import hashlib
@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("ops.cpp")
+HEADERS = sorted(SOURCE.parent.glob("*.h"))
 
 # Sums may be reassociated, so that they vectorise; NaN and infinity keep their meaning.
 FLAGS = (
@@ -50,7 +51,8 @@ def load_library(cache_dir: Path) -> ctypes.CDLL:
 
 def _fingerprint(compiler: str) -> str:
     version = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
-    parts = (SOURCE.read_bytes(), " ".join(FLAGS).encode(), version, _processor().encode())
+    sources = (path.read_bytes() for path in (SOURCE, *HEADERS))
+    parts = (*sources, " ".join(FLAGS).encode(), version, _processor().encode())
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 

@@ -8,14 +8,13 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from loraplex_kernels.native.stack import NativeStack, is_covered
+from loraplex_kernels.nf4 import BaseWeight
 from loraplex_kernels.ops import AttentionInput, LoraInput, Projection
 from loraplex_kernels.reference import TorchOps
+from loraplex_kernels.stack import LayerStack, Stack
 
 _SUFFIX = {torch.bfloat16: "bf16", torch.float32: "f32"}
-
-LONG_SEGMENT = 96
-"""Rows from which one segment's LoRA is quicker as two matrix products (bf16, measured)."""
-
 
 _POINTER, _COUNT = c_void_p, c_int64
 _CACHE_SHAPE = (_COUNT,) * 4  # elements a block, kv_heads, block_tokens, head_dim
@@ -23,14 +22,14 @@ _CACHE_SHAPE = (_COUNT,) * 4  # elements a block, kv_heads, block_tokens, head_d
 _ARGUMENTS: Mapping[str, tuple[type, ...]] = {
     "add_rms_norm": (*(_POINTER,) * 4, *(_COUNT,) * 2, c_float),
     "rotary_and_cache": (*(_POINTER,) * 6, *(_COUNT,) * 2, *_CACHE_SHAPE),
-    "attention": (*(_POINTER,) * 5, _COUNT, _POINTER, *(_COUNT,) * 2, *_CACHE_SHAPE),
+    "attention": (*(_POINTER,) * 5, _COUNT, *(_POINTER,) * 2, *(_COUNT,) * 3, *_CACHE_SHAPE),
     "silu_mul": (*(_POINTER,) * 2, *(_COUNT,) * 2),
     "lora": (
         *(_POINTER, _COUNT) * 2,
         *(_POINTER,) * 4,
         *(_COUNT,) * 3,
         _POINTER,
-        *(_COUNT,) * 3,
+        *(_COUNT,) * 2,
         _POINTER,
         _COUNT,
     ),
@@ -52,6 +51,13 @@ def _declared(library: ctypes.CDLL, name: str, kinds: tuple[type, ...]) -> Calla
     return function
 
 
+def _nf4_linear(library: ctypes.CDLL) -> Callable[..., None] | None:
+    """None where the processor has no matrix tiles, or the system does not hand them out."""
+    if not library.loraplex_has_amx():
+        return None
+    return _declared(library, "loraplex_nf4_linear", (*(_POINTER,) * 5, *(_COUNT,) * 3))
+
+
 @lru_cache(maxsize=256)
 def _projection_table(projections: tuple[Projection, ...]) -> "ctypes.Array[c_int64]":
     flat = [number for projection in projections for number in projection]
@@ -66,11 +72,40 @@ class NativeOps(TorchOps):
     def __init__(self, library: ctypes.CDLL) -> None:
         """Uses as many threads as torch was told to, whichever thread calls."""
         library.loraplex_set_num_threads(torch.get_num_threads())
+        self._library = library
+        self._nf4_linear = _nf4_linear(library)
         self._functions = {
             (name, dtype): _declared(library, f"loraplex_{name}_{suffix}", kinds)
             for name, kinds in _ARGUMENTS.items()
             for dtype, suffix in _SUFFIX.items()
         }
+
+    @property
+    def multiplies_codes(self) -> bool:
+        """Whether products in bf16 are computed from the 4-bit codes by matrix tiles."""
+        return self._nf4_linear is not None
+
+    def fuse(self, stack: Stack) -> LayerStack | None:
+        if not self.multiplies_codes or not is_covered(stack):
+            return None
+        return NativeStack(self._library, stack)
+
+    def base_linear(self, x: Tensor, weight: BaseWeight, out: Tensor) -> None:
+        is_covered = weight.dense is None and x.dtype == torch.bfloat16
+        if self._nf4_linear is None or not is_covered:
+            super().base_linear(x, weight, out)
+            return
+        nf4 = weight.nf4
+        self._nf4_linear(
+            x.data_ptr(),
+            nf4.codes.data_ptr(),
+            nf4.absmax.data_ptr(),
+            nf4.code.data_ptr(),
+            out.data_ptr(),
+            len(x),
+            nf4.out_features,
+            nf4.in_features,
+        )
 
     def _call(self, name: str, dtype: torch.dtype, *arguments: object) -> None:
         self._functions[name, dtype](*arguments)
@@ -128,27 +163,28 @@ class NativeOps(TorchOps):
     ) -> None:
         num_kv_heads, block_tokens, head_dim = k_cache.shape[1:]
         num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
-        num_native = where.num_decode if window is None else 0
-        if num_native:
-            self._call(
-                "attention",
-                qkv.dtype,
-                qkv.data_ptr(),
-                k_cache.data_ptr(),
-                v_cache.data_ptr(),
-                out.data_ptr(),
-                where.block_tables.data_ptr(),
-                where.block_tables.shape[1],
-                where.context_table.data_ptr(),
-                num_native,
-                num_heads,
-                k_cache.stride(0),
-                num_kv_heads,
-                block_tokens,
-                head_dim,
-            )
-        rest = range(num_native, len(where.context_lens))
-        self.attend(qkv, k_cache, v_cache, where, rest, out, window)
+        starts = where.query_start_table
+        if starts is None and where.num_decode < len(where.context_lens):
+            starts = torch.tensor(where.query_starts, dtype=torch.int32)
+        self._call(
+            "attention",
+            qkv.dtype,
+            qkv.data_ptr(),
+            k_cache.data_ptr(),
+            v_cache.data_ptr(),
+            out.data_ptr(),
+            where.block_tables.data_ptr(),
+            where.block_tables.shape[1],
+            where.context_table.data_ptr(),
+            None if starts is None else starts.data_ptr(),
+            len(where.context_lens),
+            num_heads,
+            0 if window is None else window,
+            k_cache.stride(0),
+            num_kv_heads,
+            block_tokens,
+            head_dim,
+        )
 
     def silu_mul(self, gate_up: Tensor, out: Tensor) -> None:
         rows, size = out.shape
@@ -169,9 +205,6 @@ class NativeOps(TorchOps):
         layer: int,
         projections: tuple[Projection, ...],
     ) -> None:
-        for segment in lora.segments:
-            if segment.hi - segment.lo >= LONG_SEGMENT:
-                self.lora_segment_(y, x, lora, layer, projections, segment)
         tables = lora.tables
         assert lora.segment_table is not None
         _, layers, modules, granules = tables.scale.shape
@@ -191,7 +224,6 @@ class NativeOps(TorchOps):
             granules,
             lora.segment_table.data_ptr(),
             lora.segment_table.shape[0],
-            LONG_SEGMENT,
             layer,
             _projection_table(projections),
             len(projections),

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from loraplex_kernels.ops import Ops
+from loraplex_kernels.pages import prefer_large_pages
 from loraplex_kernels.segments import LONG_TILE_ROWS
 from loraplex_kernels.tables import GRANULE_RANK, AdapterTables, OutputScale
 from torch import Tensor
@@ -55,6 +56,7 @@ class RunnerConfig:
     max_rows: int  # tokens of one step
     max_running: int  # sequences of one step
     device: torch.device
+    max_drafts: int = 0  # of one step, over all its sequences
 
 
 class ModelRunner:
@@ -71,6 +73,7 @@ class ModelRunner:
         block = block_shape(model, dtype, dtype)
         # Not zeroed: nothing is read before it was written, and pages come as they are touched.
         arena = torch.empty(config.num_blocks * block.size, dtype=torch.uint8, device=config.device)
+        prefer_large_pages(arena)
         self._blocks = arena.view(config.num_blocks, block.size)
         self._copier = copier_for(config.device, block.size)
         self._kv_cache = arena.view(dtype).view(
@@ -86,7 +89,11 @@ class ModelRunner:
         self._max_running = min(config.max_running, config.max_rows)
         self._graphs: DecodeGraphs | None = None
         self._activations = Activations.allocate(
-            model, dtype, config.device, config.max_rows, config.max_running
+            model,
+            dtype,
+            config.device,
+            config.max_rows,
+            config.max_running + config.max_drafts,
         )
 
     def warm_up(self) -> None:
@@ -125,7 +132,7 @@ class ModelRunner:
             logits = None if self._graphs is None else self._graphs.run(rows)
             if logits is None:
                 logits = self._forward(build_input(rows, self._memory))
-            return sample(logits, [row.sequence for row in rows if row.samples])
+            return sample(logits, [row for row in rows if row.samples])
 
     def _forward(self, step: DecoderInput) -> Tensor:
         return self._decoder.forward(step, self._kv_cache, self._ops, self._activations)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from loraplex_kernels.ops import AttentionInput, LoraInput, Ops
+from loraplex_kernels.stack import LayerStack, Stack, StackStep, fuse
 from loraplex_kernels.vocabulary import VocabularyInput, add_to_embedding_, add_to_logits_
 from torch import Tensor
 
@@ -133,6 +134,7 @@ class Decoder:
         self._head = head  # [vocab, hidden]; the embedding itself when tied
         cos, sin = rotary_tables(config.rope, config.head_dim, config.context_length)
         self._cos, self._sin = cos.to(embedding.device), sin.to(embedding.device)
+        self._fused: tuple[Ops, LayerStack | None] | None = None  # for the ops that asked last
 
     def forward(
         self, batch: DecoderInput, kv_cache: Tensor, ops: Ops, memory: Activations
@@ -141,9 +143,40 @@ class Decoder:
 
         kv_cache is the arena as `[num_blocks, layers, 2, kv_heads, block_tokens, head_dim]`.
         """
+        work = memory.first(len(batch.token_ids), len(batch.logits_rows))
+        self._embed(batch, work)
+        fused = self.fused(ops)
+        if fused is not None:
+            fused.run(_stack_step(batch, kv_cache, work))
+        else:
+            self._layer_by_layer(batch, kv_cache, ops, work)
+        if batch.vocabulary is not None:
+            add_to_logits_(work.logits, work.last_normed, batch.vocabulary)
+        return work.logits
+
+    def fused(self, ops: Ops) -> LayerStack | None:
+        """All layers as one op of these ops, where they have it."""
+        if self._fused is None or self._fused[0] is not ops:
+            self._fused = ops, fuse(self._stack(), ops)
+        return self._fused[1]
+
+    def _stack(self) -> Stack:
+        config = self.config
+        return Stack(
+            layers=self._layers,
+            norm=self._norm,
+            head=self._head,
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            eps=config.rms_norm_eps,
+        )
+
+    def _layer_by_layer(
+        self, batch: DecoderInput, kv_cache: Tensor, ops: Ops, work: Activations
+    ) -> None:
         eps, lora, rows = self.config.rms_norm_eps, batch.lora, batch.logits_rows
-        work = memory.first(len(batch.token_ids), len(rows))
-        residual = self._embed(batch, work)
+        residual = work.residual
         delta: Tensor | None = None
         for index, layer in enumerate(self._layers):
             ops.add_rms_norm(residual, delta, layer.input_norm, eps, work.normed)
@@ -161,11 +194,8 @@ class Decoder:
         ops.add_rms_norm(work.last_residual, work.last_delta, self._norm, eps, work.last_normed)
         torch.mm(work.last_normed, self._head.T, out=work.scores)
         work.logits.copy_(work.scores)
-        if batch.vocabulary is not None:
-            add_to_logits_(work.logits, work.last_normed, batch.vocabulary)
-        return work.logits
 
-    def _embed(self, batch: DecoderInput, work: Activations) -> Tensor:
+    def _embed(self, batch: DecoderInput, work: Activations) -> None:
         """The residual stream's start, and the rows' cosines and sines beside it."""
         torch.index_select(self._embedding, 0, batch.token_ids, out=work.embedded)
         torch.index_select(self._cos, 0, batch.positions, out=work.cos)
@@ -173,7 +203,6 @@ class Decoder:
         work.residual.copy_(work.embedded)
         if batch.vocabulary is not None:
             add_to_embedding_(work.residual, batch.token_ids, batch.vocabulary)
-        return work.residual
 
     def base_weight(self, name: str) -> Tensor:
         """The served values of one module of the base, `[out, in]`, by its checkpoint name."""
@@ -186,3 +215,22 @@ class Decoder:
             for linear in (layer.qkv, layer.o, layer.gate_up, layer.down)
             for weight in linear.weights_of(module)
         )
+
+
+def _stack_step(batch: DecoderInput, kv_cache: Tensor, work: Activations) -> StackStep:
+    return StackStep(
+        residual=work.residual,
+        cos=work.cos,
+        sin=work.sin,
+        kv_cache=kv_cache,
+        slot_mapping=batch.slot_mapping,
+        attention=batch.attention,
+        lora=batch.lora,
+        logits_rows=batch.logits_rows,
+        normed=work.normed,
+        qkv=work.qkv,
+        attended=work.attended,
+        gated=work.gated,
+        last_normed=work.last_normed,
+        logits=work.logits,
+    )

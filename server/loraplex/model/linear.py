@@ -12,8 +12,8 @@ from torch import Tensor
 class WeightForm(Enum):
     """How the base product is computed; the numbers are those of the dequantised NF4 weight."""
 
-    DENSE = "dense"  # from a dequantised copy: the quickest on a CPU, four times the memory
-    PACKED = "packed"  # from the 4-bit codes
+    DENSE = "dense"  # from a dequantised copy: four times the memory
+    PACKED = "packed"  # from the 4-bit codes: the quickest where the ops have a product for them
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from loraplex_kernels.nf4 import BaseWeight, NF4Weight
 from loraplex_kernels.ops import Projection
+from loraplex_kernels.pages import Shelf
 from torch import Tensor
 
 from loraplex.errors import ModelError
@@ -72,6 +73,7 @@ class _Reader:
         self._config = config
         self._options = options
         self._is_quantized = is_quantized(checkpoint.folder)
+        self._shelf = Shelf() if options.device.type == "cpu" else None
 
     def layer(self, index: int) -> DecoderLayer:
         prefix = f"model.layers.{index}"
@@ -88,7 +90,7 @@ class _Reader:
     def dense(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """Rounded to bf16 as the base is, then held in the activations' type."""
         tensor = self._checkpoint.read_float(name, shape).to(torch.bfloat16)
-        return tensor.to(self._options.device, self._options.dtype)
+        return self._shelved(tensor.to(self._options.device, self._options.dtype))
 
     def norm(self, name: str) -> Tensor:
         weight = self._checkpoint.read_float(f"{name}.weight", (self._config.hidden_size,))
@@ -122,8 +124,13 @@ class _Reader:
 
     def _placed(self, weight: NF4Weight) -> BaseWeight:
         placed = weight.to(self._options.device)
-        is_dense = self._options.form is WeightForm.DENSE
-        return BaseWeight(placed, placed.dequantize().to(self._options.dtype) if is_dense else None)
+        if self._options.form is WeightForm.DENSE:
+            return BaseWeight(placed, placed.dequantize().to(self._options.dtype))
+        codes, absmax = self._shelved(placed.codes), self._shelved(placed.absmax)
+        return BaseWeight(NF4Weight(codes, absmax, placed.code), None)
+
+    def _shelved(self, tensor: Tensor) -> Tensor:
+        return tensor if self._shelf is None else self._shelf.place(tensor)
 
     def _weight(self, name: str, shape: tuple[int, int]) -> NF4Weight:
         if not self._is_quantized:

@@ -1,0 +1,82 @@
+// The processor's matrix tiles, where this build and the system have them.
+
+#pragma once
+
+#include <cstdint>
+
+#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__AVX512BW__)
+#define LORAPLEX_AMX 1
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#else
+#define LORAPLEX_AMX 0
+#endif
+
+namespace {
+
+constexpr int64_t kTile = 16;                   // rows of any tile: outputs, batch rows, pairs of k
+constexpr int64_t kTileElements = kTile * 32;   // bf16
+
+#if LORAPLEX_AMX
+
+struct alignas(64) TileConfig {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t bytes_a_row[16] = {};
+    uint8_t rows[16] = {};
+    TileConfig() {
+        for (int i = 0; i < 8; ++i) bytes_a_row[i] = 64, rows[i] = 16;
+    }
+};
+
+// Linux hands the tiles' state out on request, once a process.
+inline bool amx_is_permitted() {
+    constexpr long kRequestPermission = 0x1023, kTileData = 18;
+    static const bool permitted = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+    return permitted;
+}
+
+// The calling thread's tiles, all of 16 rows by 64 bytes, as long as this lives.
+class Tiles {
+  public:
+    Tiles() { _tile_loadconfig(&config_); }
+    ~Tiles() { _tile_release(); }
+    Tiles(const Tiles&) = delete;
+    Tiles& operator=(const Tiles&) = delete;
+
+  private:
+    TileConfig config_;
+};
+
+// 16 x 16 words of 32 bits.
+inline void transpose(__m512i* v) {
+    __m512i t[16];
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+        v[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+        v[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+        v[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+        v[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    for (int i = 0; i < 4; ++i) {
+        t[i] = _mm512_shuffle_i32x4(v[i], v[i + 4], 0x88);
+        t[i + 4] = _mm512_shuffle_i32x4(v[i], v[i + 4], 0xdd);
+        t[i + 8] = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0x88);
+        t[i + 12] = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0xdd);
+    }
+    for (int i = 0; i < 8; ++i) {
+        v[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+        v[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+    }
+}
+
+#else
+
+inline bool amx_is_permitted() { return false; }
+
+#endif
+
+}  // namespace

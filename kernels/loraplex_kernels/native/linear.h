@@ -1,0 +1,425 @@
+// x W^T by AMX tiles, from 4-bit codes or from bf16 weights, for any number of rows.
+//
+// The weight is the left operand (16 outputs by 32 k, as it lies in memory), the activations the right
+// one, packed in pairs of k; so 16 rows are as quick as one, and the product comes out transposed, fp32.
+// Each row is a column of its tiles: its sums run over k in one order, whatever the batch.
+
+#pragma once
+
+#include <omp.h>
+
+#include <array>
+#include <utility>
+#include <vector>
+
+#include "amx.h"
+#include "lanes.h"
+#include "scratch.h"
+#include "team.h"
+
+namespace {
+
+constexpr int64_t kBlock = 64;                  // weights that share an absmax; k of two tiles
+constexpr int64_t kPanel = 2 * kTile;           // outputs that are computed at a time
+constexpr int64_t kAhead = 2;                   // blocks between looking weights up and multiplying them:
+constexpr int64_t kRing = 4;                    // a tile is not read before its stores have left the core
+constexpr int64_t kChunk = 2 * kTile;           // rows that are computed at a time
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// [outputs, k] of a stacked linear; `codes` and `absmax` as in nf4.py, or `dense`.
+struct Weight {
+    const uint8_t* codes;
+    const float* absmax;
+    const float* levels;  // fp32 [16]
+    const bf16* dense;    // instead of codes
+    int64_t outputs, k;
+};
+
+// The k that share a pair lie apart in a block of codes: looked up four at a time, they need no
+// interleaving. Activations are packed in the same order. (`kNatural` for bf16 weights.)
+enum class Order { kCodes, kNatural };
+
+// Elements of packed activations: [ceil(rows / 16)][k / 32][16 pairs of k][16 rows][2].
+inline int64_t packed_size(int64_t rows, int64_t k) { return ceil_div(rows, kTile) * kTile * k; }
+
+// Elements of a thread's own buffer: a panel's weights as bf16.
+inline int64_t panel_size(int64_t k) { return kPanel * std::max(k, kRing * kBlock); }
+
+#if LORAPLEX_AMX
+
+// Element of a block of 64 that lies at place p of its two tiles.
+constexpr int64_t place_in_codes(int64_t p) { return p % 16 * 4 + p / 16; }
+
+struct PlaceTable {
+    alignas(64) uint16_t at[kBlock];
+    PlaceTable() {
+        for (int64_t p = 0; p < kBlock; ++p) at[p] = static_cast<uint16_t>(place_in_codes(p));
+    }
+};
+
+// 64 k of up to 16 rows of x, whose rows lie `stride` apart; rows beyond are zero.
+inline void pack_block(const bf16* x, int64_t stride, int64_t rows, bf16* packed, Order order) {
+    static const PlaceTable places;
+    __m512i first[16], second[16];
+    const __m512i low = _mm512_load_si512(places.at), high = _mm512_load_si512(places.at + 32);
+    for (int64_t r = 0; r < kTile; ++r) {
+        if (r >= rows) {
+            first[r] = second[r] = _mm512_setzero_si512();
+            continue;
+        }
+        const __m512i a = _mm512_loadu_si512(x + r * stride), b = _mm512_loadu_si512(x + r * stride + 32);
+        first[r] = order == Order::kCodes ? _mm512_permutex2var_epi16(a, low, b) : a;
+        second[r] = order == Order::kCodes ? _mm512_permutex2var_epi16(a, high, b) : b;
+    }
+    transpose(first);
+    transpose(second);
+    for (int64_t i = 0; i < kTile; ++i) {
+        _mm512_storeu_si512(packed + i * 32, first[i]);
+        _mm512_storeu_si512(packed + kTileElements + i * 32, second[i]);
+    }
+}
+
+// Rows 16 * group.. of x [rows, k].
+inline void pack_group(const bf16* x, int64_t rows, int64_t k, int64_t group, bf16* packed, Order order) {
+    const int64_t lo = group * kTile;
+    for (int64_t at = 0; at < k; at += kBlock)
+        pack_block(x + lo * k + at, k, std::min(kTile, rows - lo), packed + lo * k + at * kTile, order);
+}
+
+// 64 k of 16 outputs, from the first's codes and absmax on: two left operands. An output's value is
+// bf16(level * absmax): its block's 16 possible ones are a table, twice over so that bit 4 of an index
+// is nothing.
+template <bool Whole>
+inline void dequantize_tiles(const uint8_t* codes, const float* absmax, int64_t blocks, __m512 levels,
+                             int64_t outputs, bf16* tiles) {
+    const auto shifts = [](short low, short high) {
+        return _mm512_inserti64x4(_mm512_set1_epi16(low), _mm256_set1_epi16(high), 1);
+    };
+    const __m512i shift0 = shifts(4, 0), shift1 = shifts(12, 8);  // the high nibble comes first
+#pragma GCC unroll 4
+    for (int64_t r = 0; r < kTile; ++r) {
+        const int64_t row = Whole ? r : std::min(r, outputs - 1);
+        const __m512 values = _mm512_mul_ps(levels, _mm512_set1_ps(absmax[row * blocks]));
+        const __m256i half = (__m256i)_mm512_cvtneps_pbh(values);
+        const __m512i table = _mm512_inserti64x4(_mm512_castsi256_si512(half), half, 1);
+        const __m512i four = _mm512_broadcast_i64x4(
+            _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + row * blocks * 32)));
+        _mm512_store_si512(tiles + r * 32, _mm512_permutexvar_epi16(_mm512_srlv_epi16(four, shift0), table));
+        _mm512_store_si512(tiles + kTileElements + r * 32,
+                           _mm512_permutexvar_epi16(_mm512_srlv_epi16(four, shift1), table));
+    }
+}
+
+// Outputs lo..hi of a linear, at `place` of each row of a result.
+struct Run {
+    int64_t lo, hi, place;
+};
+
+// Two times up to 16 outputs, from `first[half]` on, that are computed together.
+struct Panel {
+    int64_t first[2], outputs[2];  // outputs 0: nothing
+
+    std::array<Run, 2> runs() const {  // one of them, and an empty one, where the halves meet
+        if (first[1] == first[0] + kTile) return {{{first[0], first[0] + outputs[0] + outputs[1], 0}, {0, 0, 0}}};
+        return {{{first[0], first[0] + outputs[0], 0}, {first[1], first[1] + outputs[1], kTile}}};
+    }
+};
+
+// Where panels begin: 32 outputs in a row; or, in pairs, 16 of the first half and their twins in the second.
+struct Panels {
+    int64_t outputs;
+    bool in_pairs;
+    int64_t count() const { return ceil_div(in_pairs ? outputs / 2 : outputs, in_pairs ? kTile : kPanel); }
+    Panel at(int64_t index) const {
+        if (in_pairs) {
+            const int64_t first = index * kTile, outputs_ = std::min(kTile, outputs / 2 - first);
+            return {{first, outputs / 2 + first}, {outputs_, outputs_}};
+        }
+        const int64_t first = index * kPanel, rest = outputs - first - kTile;
+        return {{first, first + kTile},
+                {std::min(kTile, outputs - first), std::max<int64_t>(0, std::min(kTile, rest))}};
+    }
+};
+
+// Asks for a panel's memory, share by share, so that it streams in while another one is computed. Lines
+// are asked for in the order of their addresses: then the processor runs ahead by itself, far further
+// than the few misses that a core has under way.
+class Ahead {
+  public:
+    Ahead(const Weight& w, const Panel& panel) : dense_(w.dense != nullptr) {
+        const int64_t blocks = w.k / kBlock, row = w.dense ? w.k * 2 : w.k / 2;
+        share_ = ceil_div(kPanel * row / blocks, 64);
+        const char* const weights = w.dense ? reinterpret_cast<const char*>(w.dense) : reinterpret_cast<const char*>(w.codes);
+        at_ = weights + panel.first[0] * row;
+        end_ = at_ + panel.outputs[0] * row;
+        second_ = weights + panel.first[1] * row;
+        second_end_ = second_ + panel.outputs[1] * row;
+        if (w.dense) return;
+        for (int half = 0; half < 2; ++half) {
+            const char* const p = reinterpret_cast<const char*>(w.absmax + panel.first[half] * blocks);
+            for (int64_t i = 0; i < panel.outputs[half] * blocks * 4; i += 64) _mm_prefetch(p + i, _MM_HINT_T0);
+        }
+    }
+
+    void next_share() {
+        for (int64_t i = 0; i < share_; ++i, at_ += 64) {
+            if (at_ >= end_) {
+                at_ = second_, end_ = second_end_;
+                second_end_ = second_;
+                if (at_ >= end_) return;
+            }
+            dense_ ? _mm_prefetch(at_, _MM_HINT_T1) : _mm_prefetch(at_, _MM_HINT_T0);
+        }
+    }
+
+  private:
+    const bool dense_;
+    int64_t share_;
+    const char *at_, *end_, *second_, *second_end_;
+};
+
+// The panel that a thread may get first, before its phase begins.
+inline void prefetch_panel(const Weight& w, const Panels& panels, int64_t index) {
+    if (index >= panels.count()) return;
+    Ahead ahead(w, panels.at(index));
+    for (int64_t block = 0; block < w.k / kBlock; ++block) ahead.next_share();
+}
+
+inline void dequantize_block(const Weight& w, const Panel& panel, int64_t block, __m512 levels, bf16* tiles) {
+    const int64_t blocks = w.k / kBlock;
+    for (int half = 0; half < 2; ++half) {
+        const int64_t first = panel.first[half] * blocks + block, outputs = panel.outputs[half];
+        bf16* const place = tiles + half * 2 * kTileElements;
+        if (outputs == kTile)
+            dequantize_tiles<true>(w.codes + first * 32, w.absmax + first, blocks, levels, outputs, place);
+        else if (outputs > 0)
+            dequantize_tiles<false>(w.codes + first * 32, w.absmax + first, blocks, levels, outputs, place);
+    }
+}
+
+// Tiles 0..3 hold the sums [half][group], 4 and 5 the weights, 6 and 7 the activations.
+template <int Groups, bool Both>
+inline void multiply_block(const bf16* w0, const bf16* w1, int64_t w_stride, int64_t w_step, const bf16* x,
+                           int64_t x_stride) {
+#pragma GCC unroll 2
+    for (int64_t i = 0; i < 2; ++i) {
+        _tile_loadd(6, x + i * kTileElements, 64);
+        _tile_loadd(4, w0 + i * w_step, w_stride);
+        _tile_dpbf16ps(0, 4, 6);
+        if (Groups == 2) {
+            _tile_loadd(7, x + x_stride + i * kTileElements, 64);
+            _tile_dpbf16ps(1, 4, 7);
+        }
+        if (Both) {
+            _tile_loadd(5, w1 + i * w_step, w_stride);
+            _tile_dpbf16ps(2, 5, 6);
+            if (Groups == 2) _tile_dpbf16ps(3, 5, 7);
+        }
+    }
+}
+
+struct Product {
+    Weight weight;
+    const bf16* packed;  // of all rows, in the weight's order
+    int64_t rows;
+};
+
+// sums [half][group][16 outputs][16 rows] of up to 32 rows from 16 * group on. `buffer` holds the
+// panel's weights when `is_ready`; otherwise they are read, and left there if `keep`. The panel `ahead`
+// is asked for meanwhile.
+template <int Groups, bool Both>
+void multiply_panel(const Product& p, const Panel& panel, Ahead* ahead, int64_t group, bf16* buffer,
+                    bool is_ready, bool keep, float* sums) {
+    const Weight& w = p.weight;
+    const int64_t blocks = w.k / kBlock, unit = 4 * kTileElements;
+    const bf16* x = p.packed + group * kTile * w.k;
+    const int64_t x_stride = kTile * w.k;
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    const __m512 levels = w.dense ? _mm512_setzero_ps() : _mm512_loadu_ps(w.levels);
+    const auto place = [&](int64_t block) { return buffer + (keep ? block : block % kRing) * unit; };
+    if (!w.dense && !is_ready)
+        for (int64_t block = 0; block < std::min(kAhead, blocks); ++block)
+            dequantize_block(w, panel, block, levels, place(block));
+    for (int64_t block = 0; block < blocks; ++block) {
+        const bf16* right = x + block * 2 * kTileElements;
+        written();
+        if (w.dense) {
+            const bf16* w0 = w.dense + panel.first[0] * w.k + block * kBlock;
+            const bf16* w1 = w.dense + panel.first[1] * w.k + block * kBlock;
+            multiply_block<Groups, Both>(w0, w1, w.k * 2, 32, right, x_stride);
+        } else {
+            const bf16* left = place(block);
+            multiply_block<Groups, Both>(left, left + 2 * kTileElements, 64, kTileElements, right, x_stride);
+            if (!is_ready && block + kAhead < blocks)
+                dequantize_block(w, panel, block + kAhead, levels, place(block + kAhead));
+        }
+        if (ahead) ahead->next_share();
+    }
+    _tile_stored(0, sums, 64);
+    if (Groups == 2) _tile_stored(1, sums + 256, 64);
+    if (Both) _tile_stored(2, sums + 512, 64);
+    if (Both && Groups == 2) _tile_stored(3, sums + 768, 64);
+}
+
+// Part of a panel's result: y[row * kPanel + half * 16 + i] is output `panel.first[half] + i` of row
+// `lo + row`, fp32, for rows lo..hi.
+struct Result {
+    const Panel& panel;
+    int64_t lo, hi;
+    float* y;
+};
+
+// A bf16 panel with less than 16 outputs in a run, whole in `buffer`: no tile reads past the weight.
+inline Weight padded(const Weight& w, const Panel& panel, bf16* buffer) {
+    for (int half = 0; half < 2; ++half)
+        for (int64_t r = 0; r < kTile && panel.outputs[half]; ++r) {
+            const int64_t n = panel.first[half] + std::min(r, panel.outputs[half] - 1);
+            std::memcpy(buffer + (half * kTile + r) * w.k, w.dense + n * w.k, w.k * sizeof(bf16));
+        }
+    Weight copy = w;
+    copy.dense = buffer - panel.first[0] * w.k;  // where the second run follows the first
+    return copy;
+}
+
+// Sums as rows: y[row][half * 16 + output].
+inline void to_rows(const float* sums, int halves, int groups, float* y) {
+    for (int half = 0; half < halves; ++half)
+        for (int group = 0; group < groups; ++group) {
+            __m512i v[kTile];
+            for (int64_t i = 0; i < kTile; ++i) v[i] = _mm512_load_si512(sums + (half * 2 + group) * 256 + i * kTile);
+            transpose(v);
+            float* to = y + group * kTile * kPanel + half * kTile;
+            for (int64_t i = 0; i < kTile; ++i) _mm512_store_si512(to + i * kPanel, v[i]);
+        }
+}
+
+// Every panel of a linear, shared with the other threads of a region: each calls this with the same
+// counter and a buffer of its own. `begin(Panel)` comes first; `finish(Result)` writes what it is given.
+template <typename Begin, typename Finish>
+void multiply(const Product& product, const Panels& panels, bf16* buffer, std::atomic<int64_t>& next, Begin&& begin,
+              Finish&& finish) {
+    alignas(64) float sums[4 * 256], y[kChunk * kPanel];
+    const int64_t count = panels.count(), rows = product.rows;
+    int64_t twin = -1;  // of panels in pairs two at a time: they share lines of the adapters' weights
+    const auto take = [&] {
+        const int64_t held = std::exchange(twin, -1);
+        if (held >= 0) return held;
+        const int64_t taken = next.fetch_add(1, std::memory_order_relaxed);
+        if (!panels.in_pairs) return taken;
+        twin = 2 * taken + 1;
+        return 2 * taken;
+    };
+    for (int64_t index = take(); index < count;) {
+        const int64_t following = take();
+        const Panel panel = panels.at(index);
+        Ahead ahead(product.weight, panels.at(std::min(following, count - 1)));
+        const bool both = panel.outputs[1] > 0;
+        begin(panel);
+        Product p = product;
+        if (p.weight.dense && (panel.outputs[0] < kTile || (both && panel.outputs[1] < kTile)))
+            p.weight = padded(p.weight, panel, buffer);
+        for (int64_t lo = 0; lo < rows; lo += kChunk) {
+            const int64_t hi = std::min(lo + kChunk, rows);
+            const bool two = hi - lo > kTile;
+            const auto run = both ? (two ? multiply_panel<2, true> : multiply_panel<1, true>)
+                                  : (two ? multiply_panel<2, false> : multiply_panel<1, false>);
+            Ahead* const prefetched = lo == 0 && following < count ? &ahead : nullptr;
+            run(p, panel, prefetched, lo / kTile, buffer, lo > 0, rows > kChunk, sums);
+            to_rows(sums, both ? 2 : 1, two ? 2 : 1, y);
+            finish(Result{panel, lo, hi, y});
+        }
+        index = following;
+    }
+}
+
+// 16 floats as bf16; `count` of them are written.
+inline void store_half(bf16* out, __m512 value, int64_t count) {
+    const __m256i half = (__m256i)_mm512_cvtneps_pbh(value);
+    if (count >= kTile)
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), half);
+    else
+        _mm256_mask_storeu_epi16(out, static_cast<__mmask16>((1u << count) - 1), half);
+}
+
+// Rows of y [rows, stride] as bf16.
+inline void store_rows(const Result& result, bf16* y, int64_t stride) {
+    for (int half = 0; half < 2; ++half)
+        for (int64_t row = result.lo; row < result.hi && result.panel.outputs[half]; ++row)
+            store_half(y + row * stride + result.panel.first[half],
+                       _mm512_load_ps(result.y + (row - result.lo) * kPanel + half * kTile),
+                       result.panel.outputs[half]);
+}
+
+// y [rows, stride] += the result, fp32.
+inline void add_rows(const Result& result, float* y, int64_t stride) {
+    for (int half = 0; half < 2; ++half) {
+        const int64_t outputs = result.panel.outputs[half];
+        const auto mask = static_cast<__mmask16>((1u << outputs) - 1);
+        for (int64_t row = result.lo; row < result.hi && outputs; ++row) {
+            float* const to = y + row * stride + result.panel.first[half];
+            const __m512 value = _mm512_load_ps(result.y + (row - result.lo) * kPanel + half * kTile);
+            _mm512_mask_storeu_ps(to, mask, _mm512_add_ps(_mm512_maskz_loadu_ps(mask, to), value));
+        }
+    }
+}
+
+inline void write_rows(const Result& result, float* y, int64_t stride) {
+    for (int half = 0; half < 2; ++half) {
+        const int64_t outputs = result.panel.outputs[half];
+        const auto mask = static_cast<__mmask16>((1u << outputs) - 1);
+        for (int64_t row = result.lo; row < result.hi && outputs; ++row)
+            _mm512_mask_storeu_ps(y + row * stride + result.panel.first[half], mask,
+                                  _mm512_load_ps(result.y + (row - result.lo) * kPanel + half * kTile));
+    }
+}
+
+// x / (1 + e^-x), with `exponential`'s polynomial.
+inline __m512 silu(__m512 x) {
+    const __m512 y = _mm512_sub_ps(_mm512_setzero_ps(), _mm512_max_ps(x, _mm512_set1_ps(-87.f)));
+    const __m512 bounded = _mm512_max_ps(y, _mm512_set1_ps(-87.f));
+    const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(bounded, _mm512_set1_ps(1.44269504f)), 8);
+    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), bounded);
+    r = _mm512_fmadd_ps(n, _mm512_set1_ps(2.12194440e-4f), r);
+    __m512 p = _mm512_set1_ps(1.f / 5040.f);
+    for (const float c : {1.f / 720.f, 1.f / 120.f, 1.f / 24.f, 1.f / 6.f, 0.5f, 1.f, 1.f})
+        p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c));
+    const __m512 e = _mm512_scalef_ps(p, n);
+    return _mm512_div_ps(x, _mm512_add_ps(e, _mm512_set1_ps(1.f)));
+}
+
+// y [rows, stride] = silu(gate) * up, of a panel in pairs.
+inline void gate_rows(const Result& result, bf16* y, int64_t stride) {
+    for (int64_t row = result.lo; row < result.hi; ++row) {
+        const float* const from = result.y + (row - result.lo) * kPanel;
+        const __m512 up = _mm512_load_ps(from + kTile);
+        store_half(y + row * stride + result.panel.first[0], _mm512_mul_ps(silu(_mm512_load_ps(from)), up),
+                   result.panel.outputs[0]);
+    }
+}
+
+// The op alone: out [rows, outputs] = x W^T, in a region of its own.
+inline void linear(const Weight& w, const bf16* x, int64_t rows, bf16* out) {
+    const bool worthwhile = ceil_div(rows, kTile) * kTile * w.outputs * w.k > kWorthWaking;
+    const int threads = worthwhile ? num_threads : 1;
+    std::vector<bf16> packed(packed_size(rows, w.k) + 32), buffers(threads * panel_size(w.k) + 32);
+    bf16* const right = aligned(packed.data());
+    bf16* const own = aligned(buffers.data());
+    std::atomic<int64_t> next{0};
+#pragma omp parallel num_threads(threads)
+    {
+        const Tiles tiles;
+        const Order order = w.dense ? Order::kNatural : Order::kCodes;
+#pragma omp for schedule(static)
+        for (int64_t group = 0; group < ceil_div(rows, kTile); ++group) pack_group(x, rows, w.k, group, right, order);
+        multiply({w, right, rows}, {w.outputs, false}, own + omp_get_thread_num() * panel_size(w.k),
+                 next, [](const Panel&) {}, [&](const Result& result) { store_rows(result, out, w.outputs); });
+    }
+}
+
+#endif
+
+}  // namespace

@@ -1,0 +1,397 @@
+// The rows' own low-rank updates, through the adapter tables, and their output scales.
+//
+// v = s A x goes to memory, a line of 16 ranks a row, projection and granule; B v is added to fp32 panels
+// of the output. Every row's sums are the same however many rows its adapter has in the batch.
+
+#pragma once
+
+#include <atomic>
+#include <type_traits>
+#include <vector>
+
+#include "amx.h"
+#include "lanes.h"
+#include "scratch.h"
+
+namespace {
+
+constexpr int64_t kRank = 16;       // GRANULE_RANK
+constexpr int64_t kRows = 4;        // rows that share one pass over a granule without tiles
+constexpr int64_t kLoraRows = 16;   // rows of a segment that share one pass in tiles
+constexpr int64_t kLineBytes = 64;  // of v: 16 floats, or 16 pairs of bf16 that add up to one (in tiles)
+
+struct Tables {
+    const int64_t* offset;
+    const float* scale;
+    const int32_t* num_granules;
+    int64_t layers, modules, granules;
+};
+
+struct Projection {
+    int64_t module, column, width;
+};
+
+struct LoraStep {
+    const uint8_t* arena;
+    Tables tables;
+    const int32_t* segments;  // [num_segments][3]: slot, lo, hi
+    int64_t num_segments;
+};
+
+struct Segment {
+    int64_t slot, lo, hi;
+};
+
+// One module of one layer of one adapter.
+struct Granules {
+    const uint8_t* arena;
+    const int64_t* offset;
+    const float* scales;
+    int64_t count;
+    template <typename W>
+    const W* a(int64_t g) const {
+        return reinterpret_cast<const W*>(arena + offset[2 * g]);
+    }
+    template <typename W>
+    const W* b(int64_t g) const {
+        return reinterpret_cast<const W*>(arena + offset[2 * g + 1]);
+    }
+};
+
+// What the updates of a step share; keeps its memory from step to step.
+struct LoraPlan {
+    LoraStep step;
+    int64_t num_rows;
+    std::vector<Segment> segments;
+    std::vector<Segment> chunks;  // at most kLoraRows rows each, those of long segments first
+    int64_t num_long;             // chunks of segments longer than one
+
+    void build(const LoraStep& given, int64_t rows) {
+        step = given, num_rows = rows;
+        segments.clear(), chunks.clear();
+        for (int64_t s = 0; s < step.num_segments; ++s)
+            segments.push_back({step.segments[3 * s], step.segments[3 * s + 1], step.segments[3 * s + 2]});
+        for (const bool is_long : {true, false}) {
+            for (const Segment& s : segments)
+                for (int64_t lo = s.lo; lo < s.hi && (s.hi - s.lo > kLoraRows) == is_long; lo += kLoraRows)
+                    chunks.push_back({s.slot, lo, std::min(lo + kLoraRows, s.hi)});
+            if (is_long) num_long = static_cast<int64_t>(chunks.size());
+        }
+    }
+    Granules granules(int64_t slot, int64_t layer, int64_t module) const {
+        const Tables& t = step.tables;
+        const int64_t cell = (slot * t.layers + layer) * t.modules + module, entry = cell * t.granules;
+        return {step.arena, t.offset + 2 * entry, t.scale + entry, t.num_granules[cell]};
+    }
+    // Whole chunks are read, past the last row too.
+    int64_t v_bytes(int64_t num_projections) const { return (num_rows + kLoraRows) * row_bytes(num_projections); }
+    int64_t row_bytes(int64_t num_projections) const { return num_projections * step.tables.granules * kLineBytes; }
+    char* line(void* v, int64_t row, int64_t projection, int64_t num_projections) const {
+        return static_cast<char*>(v) + row * row_bytes(num_projections) +
+               projection * step.tables.granules * kLineBytes;
+    }
+    const char* line(const void* v, int64_t row, int64_t projection, int64_t num_projections) const {
+        return line(const_cast<void*>(v), row, projection, num_projections);
+    }
+};
+
+// Outputs [lo, hi) of one projection, and the fp32 they are added to: the first row's output lo.
+struct Target {
+    float* panel;
+    int64_t stride, lo, hi, width;  // width: of the projection
+};
+
+// v[j][r] = scale * sum_k x[j][k] A[r][k], two ranks a pass.
+template <int64_t Rows, typename W>
+void shrink(const float* x, const W* a, float scale, float (*v)[kRank], int64_t k_size) {
+    for (int64_t r = 0; r < kRank; r += 2) {
+        const W *a0 = a + r * k_size, *a1 = a0 + k_size;
+        Lanes sum0[Rows] = {}, sum1[Rows] = {};
+        int64_t k = 0;
+        for (; k + kLanes <= k_size; k += kLanes) {
+            const Lanes w0 = load_lanes(a0 + k), w1 = load_lanes(a1 + k);
+            for (int64_t j = 0; j < Rows; ++j) {
+                const Lanes input = load_lanes(x + j * k_size + k);
+                sum0[j] += input * w0;
+                sum1[j] += input * w1;
+            }
+        }
+        for (int64_t j = 0; j < Rows; ++j) {
+            float total0 = sum_lanes(sum0[j]), total1 = sum_lanes(sum1[j]);
+            for (int64_t i = k; i < k_size; ++i) {
+                total0 += x[j * k_size + i] * load(a0, i);
+                total1 += x[j * k_size + i] * load(a1, i);
+            }
+            v[j][r] = scale * total0;
+            v[j][r + 1] = scale * total1;
+        }
+    }
+}
+
+// v of up to kLoraRows rows of x, without tiles.
+template <typename T>
+void shrink_rows(const Granules& granules, const T* x, int64_t k_size, int64_t rows, char* v, int64_t v_stride) {
+    static thread_local std::vector<float> inputs;
+    inputs.resize(std::max<size_t>(inputs.size(), kRows * k_size));
+    for (int64_t lo = 0; lo < rows; lo += kRows) {
+        const int64_t count = std::min(kRows, rows - lo);
+        for (int64_t i = 0; i < count * k_size; ++i) inputs[i] = load(x + lo * k_size, i);
+        for (int64_t g = 0; g < granules.count; ++g) {
+            float shrunk[kRows][kRank];
+            const T* a = granules.a<T>(g);
+            switch (count) {
+                case 1: shrink<1>(inputs.data(), a, granules.scales[g], shrunk, k_size); break;
+                case 2: shrink<2>(inputs.data(), a, granules.scales[g], shrunk, k_size); break;
+                case 3: shrink<3>(inputs.data(), a, granules.scales[g], shrunk, k_size); break;
+                default: shrink<kRows>(inputs.data(), a, granules.scales[g], shrunk, k_size);
+            }
+            for (int64_t j = 0; j < count; ++j)
+                std::memcpy(v + (lo + j) * v_stride + g * kLineBytes, shrunk[j], kLineBytes);
+        }
+    }
+}
+
+// panel += B v of some rows, without tiles.
+template <int64_t Rows, typename W>
+void expand(const Granules& granules, const char* v, int64_t v_stride, const Target& to) {
+    const auto ranks = [&](int64_t row, int64_t g) {
+        return reinterpret_cast<const float*>(v + row * v_stride + g * kLineBytes);
+    };
+    int64_t n = to.lo;
+    for (; n + kLanes <= to.hi; n += kLanes) {
+        Lanes sum[Rows];
+        for (int64_t j = 0; j < Rows; ++j) sum[j] = load_lanes(to.panel + j * to.stride + n - to.lo);
+        for (int64_t g = 0; g < granules.count; ++g)
+#pragma GCC unroll 1  // or the compiler may add up in another order for another number of rows
+            for (int64_t r = 0; r < kRank; ++r) {
+                const Lanes weight = load_lanes(granules.b<W>(g) + r * to.width + n);
+                for (int64_t j = 0; j < Rows; ++j) sum[j] += ranks(j, g)[r] * weight;
+            }
+        for (int64_t j = 0; j < Rows; ++j) store_lanes(to.panel + j * to.stride + n - to.lo, sum[j]);
+    }
+    for (; n < to.hi; ++n)
+        for (int64_t j = 0; j < Rows; ++j) {
+            float sum = to.panel[j * to.stride + n - to.lo];
+            for (int64_t g = 0; g < granules.count; ++g)
+                for (int64_t r = 0; r < kRank; ++r) sum += ranks(j, g)[r] * load(granules.b<W>(g), r * to.width + n);
+            to.panel[j * to.stride + n - to.lo] = sum;
+        }
+}
+
+template <typename W>
+void expand_rows(const Granules& granules, const char* v, int64_t v_stride, int64_t rows, Target to) {
+    for (int64_t lo = 0; lo < rows; lo += kRows) {
+        switch (rows - lo) {
+            case 1: expand<1, W>(granules, v, v_stride, to); break;
+            case 2: expand<2, W>(granules, v, v_stride, to); break;
+            case 3: expand<3, W>(granules, v, v_stride, to); break;
+            default: expand<kRows, W>(granules, v, v_stride, to);
+        }
+        v += kRows * v_stride;
+        to.panel += kRows * to.stride;
+    }
+}
+
+}  // namespace
+
+#include "lora_tiles.h"
+
+namespace {
+
+template <typename T>
+inline bool in_tiles() {
+    return std::is_same_v<T, bf16> && amx_is_permitted();
+}
+
+// The first phase of a linear's updates. Every thread of a team calls it, with a counter that starts at 0
+// and v of `plan.v_bytes(num_p)`, 64 bytes aligned; with tiles configured where they are permitted.
+template <typename T>
+void lora_shrink(const LoraPlan& plan, int64_t layer, const Projection* p, int64_t num_p, const T* x, int64_t k_size,
+                 void* v, std::atomic<int64_t>& next) {
+    const int64_t num_short = static_cast<int64_t>(plan.chunks.size()) - plan.num_long;
+    const int64_t stride = plan.row_bytes(num_p);
+    for (int64_t task = next++; task < plan.num_long + num_short * num_p; task = next++) {
+        // A long segment's chunk is packed once for all projections; a short one's cost is its weights.
+        const bool is_long = task < plan.num_long;
+        const Segment& chunk = plan.chunks[is_long ? task : plan.num_long + (task - plan.num_long) / num_p];
+        const int64_t first = is_long ? 0 : (task - plan.num_long) % num_p, last = is_long ? num_p : first + 1;
+        const T* rows = x + chunk.lo * k_size;
+#if LORAPLEX_AMX
+        if constexpr (std::is_same_v<T, bf16>)
+            if (in_tiles<T>()) {
+                Shrinker shrinker(rows, chunk.hi - chunk.lo, k_size);
+                for (int64_t i = first; i < last; ++i)
+                    shrinker.run(plan.granules(chunk.slot, layer, p[i].module), plan.line(v, chunk.lo, i, num_p), stride);
+                continue;
+            }
+#endif
+        for (int64_t i = first; i < last; ++i)
+            shrink_rows(plan.granules(chunk.slot, layer, p[i].module), rows, k_size, chunk.hi - chunk.lo,
+                        plan.line(v, chunk.lo, i, num_p), stride);
+    }
+}
+
+// Calls `visit(segment, projection's index, first row, last row + 1, first output, last + 1)` for what of an
+// update falls into a panel; outputs count from the projection's first.
+template <typename Visit>
+void each_overlap(const LoraPlan& plan, const Projection* p, int64_t num_p, int64_t row_lo, int64_t row_hi,
+                  int64_t n_lo, int64_t n_hi, Visit&& visit) {
+    for (int64_t i = 0; i < num_p; ++i) {
+        const int64_t lo = std::max(n_lo, p[i].column) - p[i].column;
+        const int64_t hi = std::min(n_hi, p[i].column + p[i].width) - p[i].column;
+        if (lo >= hi) continue;
+        for (const Segment& s : plan.segments)
+            if (s.lo < row_hi && row_lo < s.hi) visit(s, i, std::max(row_lo, s.lo), std::min(row_hi, s.hi), lo, hi);
+    }
+}
+
+template <typename T>
+void expand_any(const Granules& granules, const char* v, int64_t v_stride, int64_t rows, const Target& to) {
+#if LORAPLEX_AMX
+    if constexpr (std::is_same_v<T, bf16>)
+        if (in_tiles<T>()) return expand_in_tiles(granules, v, v_stride, rows, to);
+#endif
+    expand_rows<T>(granules, v, v_stride, rows, to);
+}
+
+// The second: panel[row - row_lo][n - n_lo] += update, fp32; n counts the stacked linear's outputs.
+template <typename T>
+void lora_expand(const LoraPlan& plan, int64_t layer, const Projection* p, int64_t num_p, const void* v, float* panel,
+                 int64_t stride, int64_t row_lo, int64_t row_hi, int64_t n_lo, int64_t n_hi) {
+    each_overlap(plan, p, num_p, row_lo, row_hi, n_lo, n_hi,
+                 [&](const Segment& s, int64_t i, int64_t first, int64_t last, int64_t lo, int64_t hi) {
+                     float* at = panel + (first - row_lo) * stride + p[i].column + lo - n_lo;
+                     expand_any<T>(plan.granules(s.slot, layer, p[i].module), plan.line(v, first, i, num_p),
+                                   plan.row_bytes(num_p), last - first, {at, stride, lo, hi, p[i].width});
+                 });
+}
+
+// Asks for the lines of B that a panel reads: while its base product is computed, they arrive.
+template <typename T>
+void lora_prefetch(const LoraPlan& plan, int64_t layer, const Projection* p, int64_t num_p, int64_t n_lo,
+                   int64_t n_hi) {
+    each_overlap(plan, p, num_p, 0, plan.num_rows, n_lo, n_hi,
+                 [&](const Segment& s, int64_t i, int64_t, int64_t, int64_t lo, int64_t hi) {
+                     const Granules granules = plan.granules(s.slot, layer, p[i].module);
+                     for (int64_t g = 0; g < granules.count; ++g)
+                         for (int64_t r = 0; r < kRank; ++r) {
+                             const T* row = granules.b<T>(g) + r * p[i].width;
+                             for (int64_t n = lo; n < hi; n += 64 / static_cast<int64_t>(sizeof(T)))
+                                 __builtin_prefetch(row + n);
+                             __builtin_prefetch(row + hi - 1);
+                         }
+                 });
+}
+
+// panel[row - row_lo][n - n_lo] *= c[n] for the rows of adapters that have a c, fp32, at this layer.
+inline void scale_output_panel(const LoraPlan& plan, const int64_t* offset, int64_t layer, const Projection* p,
+                               int64_t num_p, float* panel, int64_t stride, int64_t row_lo, int64_t row_hi,
+                               int64_t n_lo, int64_t n_hi) {
+    each_overlap(plan, p, num_p, row_lo, row_hi, n_lo, n_hi,
+                 [&](const Segment& s, int64_t i, int64_t first, int64_t last, int64_t lo, int64_t hi) {
+                     const Tables& t = plan.step.tables;
+                     const int64_t at = offset[(s.slot * t.layers + layer) * t.modules + p[i].module];
+                     if (at < 0) return;
+                     const float* c = reinterpret_cast<const float*>(plan.step.arena + at) + lo;
+                     for (int64_t row = first; row < last; ++row) {
+                         float* y = panel + (row - row_lo) * stride + p[i].column + lo - n_lo;
+                         for (int64_t n = 0; n < hi - lo; ++n) y[n] *= c[n];
+                     }
+                 });
+}
+
+constexpr int64_t kPanelRows = 64, kPanelColumns = 64;
+
+// One segment's update of up to kPanelRows rows and kPanelColumns outputs of a projection, rounded once.
+template <typename T>
+void lora_panel(const LoraPlan& plan, int64_t layer, const Projection* p, int64_t num_p, const void* v, int64_t i,
+                const Segment& rows, int64_t lo, int64_t hi, T* y, int64_t y_stride) {
+    const Granules granules = plan.granules(rows.slot, layer, p[i].module);
+    const char* lines = plan.line(v, rows.lo, i, num_p);
+    const int64_t count = rows.hi - rows.lo;
+    y += rows.lo * y_stride + p[i].column + lo;
+    if constexpr (std::is_same_v<T, float>) {
+        expand_any<T>(granules, lines, plan.row_bytes(num_p), count, {y, y_stride, lo, hi, p[i].width});
+    } else {
+        alignas(64) float panel[kPanelRows * kPanelColumns];
+        for (int64_t j = 0; j < count; ++j)
+            for (int64_t n = 0; n < hi - lo; ++n) panel[j * kPanelColumns + n] = load(y + j * y_stride, n);
+        expand_any<T>(granules, lines, plan.row_bytes(num_p), count, {panel, kPanelColumns, lo, hi, p[i].width});
+        for (int64_t j = 0; j < count; ++j)
+            for (int64_t n = 0; n < hi - lo; ++n) store(y + j * y_stride, n, panel[j * kPanelColumns + n]);
+    }
+}
+
+// Both phases over a whole output.
+template <typename T>
+void lora(T* y, int64_t y_stride, const T* x, int64_t k_size, const LoraStep& step, int64_t layer,
+          const Projection* p, int64_t num_p) {
+    static thread_local LoraPlan plan;
+    static thread_local std::vector<char> memory;
+    struct Task {
+        int64_t projection, lo, hi;
+    };
+    static thread_local std::vector<Task> panels;
+    int64_t num_rows = 0, weights = 0;
+    for (int64_t s = 0; s < step.num_segments; ++s) {
+        const int64_t lo = step.segments[3 * s + 1], hi = step.segments[3 * s + 2];
+        num_rows = std::max(num_rows, hi);
+        weights += (hi - lo + kRows - 1) / kRows * kRank;
+    }
+    plan.build(step, num_rows);
+    panels.clear();
+    int64_t elements = 0;
+    for (int64_t i = 0; i < num_p; ++i) {
+        elements += weights * (k_size + p[i].width);
+        for (int64_t lo = 0; lo < p[i].width; lo += kPanelColumns)
+            panels.push_back({i, lo, std::min(lo + kPanelColumns, p[i].width)});
+    }
+    memory.resize(std::max<size_t>(memory.size(), plan.v_bytes(num_p) + 64));
+    void* const v = aligned(memory.data());
+    const LoraPlan& planned = plan;  // the caller's, for all threads
+    const std::vector<Task>& tasks = panels;
+    const int64_t num_tasks = static_cast<int64_t>(tasks.size());
+    std::atomic<int64_t> next{0};
+#pragma omp parallel num_threads(num_threads) if (elements > kWorthWaking)
+    {
+        const TileScope tiles;
+        lora_shrink(planned, layer, p, num_p, x, k_size, v, next);
+#pragma omp barrier
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t t = 0; t < num_tasks; ++t) {
+            const auto [i, lo, hi] = tasks[t];
+            lora_prefetch<T>(planned, layer, p + i, 1, p[i].column + lo, p[i].column + hi);
+            for (const Segment& s : planned.segments) {
+                if (planned.granules(s.slot, layer, p[i].module).count == 0) continue;
+                for (int64_t row = s.lo; row < s.hi; row += kPanelRows)
+                    lora_panel(planned, layer, p, num_p, v, i, {s.slot, row, std::min(row + kPanelRows, s.hi)}, lo, hi,
+                               y, y_stride);
+            }
+        }
+    }
+}
+
+// y[row][column + n] *= c[n] for the rows of adapters that have a c, fp32, at this layer and module.
+template <typename T>
+void scale_output(T* y, int64_t y_stride, const uint8_t* arena, const int64_t* offset, int64_t layers,
+                  int64_t modules, const int32_t* segments, int64_t num_segments, int64_t layer,
+                  const Projection* projections, int64_t num_projections) {
+    for (int64_t s = 0; s < num_segments; ++s) {
+        const int64_t slot = segments[3 * s], lo = segments[3 * s + 1], hi = segments[3 * s + 2];
+        for (int64_t p = 0; p < num_projections; ++p) {
+            const Projection projection = projections[p];
+            const int64_t at = offset[(slot * layers + layer) * modules + projection.module];
+            if (at < 0) continue;
+            const float* c = reinterpret_cast<const float*>(arena + at);
+            const int64_t width = projection.width;
+#pragma omp parallel for schedule(static) num_threads(num_threads) if ((hi - lo) * width > kWorthWaking)
+            for (int64_t row = lo; row < hi; ++row) {
+                T* o = y + row * y_stride + projection.column;
+#pragma omp simd
+                for (int64_t i = 0; i < width; ++i) store(o, i, load(o, i) * c[i]);
+            }
+        }
+    }
+}
+
+}  // namespace

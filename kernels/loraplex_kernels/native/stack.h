@@ -1,0 +1,301 @@
+// All layers of a step in one parallel region: the loop of Decoder.forward, phase by phase.
+//
+// Threads meet between phases and share each phase's tasks. What the loop rounds to bf16 between two of
+// its ops stays fp32 where one phase does both: a linear with its low-rank update, output scale and bias;
+// what is added to the residual; gate and up before SiLU.
+
+#pragma once
+
+#include <chrono>
+#include <memory>
+
+#include "attention.h"
+#include "elementwise.h"
+#include "linear.h"
+#include "lora.h"
+#include "scratch.h"
+#include "team.h"
+
+#if LORAPLEX_AMX
+
+namespace {
+
+// These structs are filled in stack.py: fields of eight bytes, in this order.
+
+struct StackedLinear {
+    Weight weight;
+    const bf16* bias;  // may be null
+    const Projection* projections;
+    int64_t num_projections;
+};
+
+struct Layer {
+    const float* input_norm;
+    StackedLinear qkv, o;
+    const float* post_attention_norm;
+    StackedLinear gate_up, down;
+};
+
+struct Model {
+    const Layer* layers;
+    int64_t num_layers, hidden, intermediate, heads, kv_heads, head_dim;
+    double eps;
+    const float* norm;
+    Weight head;
+};
+
+enum Phase { kNorm, kShrink, kQkv, kRotary, kAttention, kPack, kO, kGateUp, kDown, kHead, kNumPhases };
+
+struct Step {
+    int64_t rows, num_logits;
+    float* residual;  // [rows, hidden], changed in place
+    const float *cos, *sin;
+    const int64_t* slots;
+    const int64_t* logits_rows;
+    bf16 *normed, *qkv, *attended, *gated, *last_normed;  // as in decoder.Activations
+    float* logits;
+    bf16* kv_cache;
+    int64_t stride_block, block_tokens;
+    const int32_t *block_tables, *contexts, *query_starts;
+    int64_t max_blocks, num_sequences;
+    const uint8_t* arena;
+    const int64_t* offset;
+    const float* scale;
+    const int32_t* num_granules;
+    int64_t table_layers, modules, granules;
+    const int32_t* segments;
+    int64_t num_segments;         // 0: no adapters
+    const int64_t* output_scale;  // null: no row's output is scaled
+    int64_t* nanoseconds;         // [kNumPhases], added to; may be null
+};
+
+// Memory that grows to what the largest step so far needed.
+template <typename T>
+class Buffer {
+  public:
+    T* at_least(int64_t count) {
+        if (count > size_) {
+            memory_.reset(new char[count * sizeof(T) + 64]);
+            size_ = count;
+        }
+        return aligned(reinterpret_cast<T*>(memory_.get()));
+    }
+
+  private:
+    std::unique_ptr<char[]> memory_;
+    int64_t size_ = 0;
+};
+
+class Stack {
+  public:
+    explicit Stack(const Model& model) : model_(model) {}
+
+    void run(const Step& step);
+
+  private:
+    static constexpr int64_t kMaxProjections = 3;
+    static constexpr int64_t kMaxPhases = 14;  // of a layer
+
+    Cache cache_of(const Step& step) const {
+        return {step.stride_block, model_.kv_heads, step.block_tokens, model_.head_dim};
+    }
+
+    class Worker;
+
+    const Model model_;
+    std::unique_ptr<PhaseState[]> phases_;
+    Buffer<bf16> packed_memory_, panel_memory_;
+    Buffer<char> scratch_memory_, v_memory_;
+    bf16* packed_ = nullptr;  // the rows that the next linear reads
+    void* v_ = nullptr;       // what they were shrunk to
+    AttentionPlan attention_;
+    LoraPlan lora_;
+};
+
+// One thread's way through a step.
+class Stack::Worker {
+  public:
+    Worker(const Stack& stack, const Step& step, PhaseState* phases, int thread, bf16* panel, void* scratch)
+        : stack_(stack), model_(stack.model_), step_(step), phase_(phases), thread_(thread), panel_(panel), scratch_(scratch),
+          times_(thread == 0 ? step.nanoseconds : nullptr), rows_(step.rows), width_(model_.heads * model_.head_dim) {
+        if (times_) last_ = now();
+    }
+
+    void run() {
+        for (int64_t index = 0; index < model_.num_layers; ++index) layer(model_.layers[index], index);
+        head();
+    }
+
+  private:
+    using Next = std::atomic<int64_t>;
+
+    void layer(const Layer& l, int64_t index) {
+        const Step& s = step_;
+        const int64_t hidden = model_.hidden, inter = model_.intermediate, half = model_.head_dim / 2;
+        const int64_t qkv_width = width_ + 2 * model_.kv_heads * model_.head_dim;
+        const Cache cache = stack_.cache_of(s);
+        const int64_t side = cache.kv_heads * cache.block_tokens * cache.head_dim;
+        bf16* const k_cache = s.kv_cache + 2 * index * side;
+
+        prefetch(l.qkv.weight, false);
+        norm(l.input_norm, s.residual, nullptr, rows_, s.normed);
+        linear(kQkv, l.qkv, index, s.normed, false,
+               [&](const Result& result) { store_rows(result, s.qkv, qkv_width); });
+        tasks(kRotary, rows_, [&](int64_t row) {
+            rotary_and_cache_row(s.qkv + row * qkv_width, s.cos + row * half, s.sin + row * half, k_cache,
+                                 k_cache + side, s.slots[row], model_.heads, cache);
+        });
+        prefetch(l.o.weight, false);
+        share(kAttention, [&](Next& next) {
+            attention_tasks<bf16>(stack_.attention_, s.qkv, k_cache, k_cache + side, s.attended, next, scratch_);
+        });
+        pack(s.attended, rows_, width_);
+        linear(kO, l.o, index, s.attended, false, [&](const Result& result) { add_rows(result, s.residual, hidden); });
+
+        prefetch(l.gate_up.weight, true);
+        norm(l.post_attention_norm, s.residual, nullptr, rows_, s.normed);
+        linear(kGateUp, l.gate_up, index, s.normed, true,
+               [&](const Result& result) { gate_rows(result, s.gated, inter); });
+        prefetch(l.down.weight, false);
+        pack(s.gated, rows_, inter);
+        linear(kDown, l.down, index, s.gated, false,
+               [&](const Result& result) { add_rows(result, s.residual, hidden); });
+    }
+
+    void head() {
+        const Step& s = step_;
+        const int64_t vocab = model_.head.outputs;
+        if (s.num_logits == 0) return;
+        norm(model_.norm, s.residual, s.logits_rows, s.num_logits, s.last_normed);
+        share(kHead, [&](Next& next) {
+            multiply({model_.head, stack_.packed_, s.num_logits}, {vocab, false}, panel_, next, [](const Panel&) {},
+                     [&](const Result& result) { write_rows(result, s.logits, vocab); });
+        });
+    }
+
+    // Rows of the residual, all or chosen ones: normed into `out`, and packed.
+    void norm(const float* weight, const float* residual, const int64_t* chosen, int64_t rows, bf16* out) {
+        const int64_t size = model_.hidden;
+        const Order order = chosen ? Order::kNatural : Order::kCodes;
+        tasks(kNorm, ceil_div(rows, kTile), [&](int64_t group) {
+            for (int64_t row = group * kTile; row < std::min(rows, (group + 1) * kTile); ++row)
+                rms_norm(residual + (chosen ? chosen[row] : row) * size, weight, out + row * size, size,
+                         static_cast<float>(model_.eps));
+            pack_group(out, rows, size, group, stack_.packed_, order);
+        });
+    }
+
+    void pack(const bf16* x, int64_t rows, int64_t k) {
+        constexpr int64_t kShare = 4;  // blocks a task
+        const int64_t shares = ceil_div(k / kBlock, kShare);
+        tasks(kPack, ceil_div(rows, kTile) * shares, [&](int64_t task) {
+            const int64_t lo = task / shares * kTile, first = task % shares * kShare * kBlock;
+            for (int64_t at = first; at < std::min(k, first + kShare * kBlock); at += kBlock)
+                pack_block(x + lo * k + at, k, std::min(kTile, rows - lo), stack_.packed_ + lo * k + at * kTile,
+                           Order::kCodes);
+        });
+    }
+
+    // `finish` gets the whole result: base, update, output scale and bias.
+    template <typename Finish>
+    void linear(Phase phase, const StackedLinear& l, int64_t layer, const bf16* x, bool in_pairs, Finish&& finish) {
+        const Projection* const p = l.projections;
+        const int64_t count = l.num_projections;
+        const LoraPlan& lora = stack_.lora_;
+        if (step_.num_segments)
+            share(kShrink, [&](Next& next) {
+                lora_shrink<bf16>(lora, layer, p, count, x, l.weight.k, stack_.v_, next);
+            });
+        const auto begin = [&](const Panel& panel) {
+            if (step_.num_segments)
+                for (const Run& run : panel.runs())
+                    if (run.lo < run.hi) lora_prefetch<bf16>(lora, layer, p, count, run.lo, run.hi);
+        };
+        const auto end = [&](const Result& result) {
+            for (const Run& run : result.panel.runs()) {
+                if (run.lo == run.hi) continue;
+                float* const y = result.y + run.place;
+                if (step_.num_segments)
+                    lora_expand<bf16>(lora, layer, p, count, stack_.v_, y, kPanel, result.lo, result.hi, run.lo,
+                                      run.hi);
+                if (step_.output_scale)
+                    scale_output_panel(lora, step_.output_scale, layer, p, count, y, kPanel, result.lo, result.hi,
+                                       run.lo, run.hi);
+                if (l.bias) add_bias(l.bias, y, result.hi - result.lo, run);
+            }
+            finish(result);
+        };
+        share(phase, [&](Next& next) {
+            multiply({l.weight, stack_.packed_, rows_}, {l.weight.outputs, in_pairs}, panel_, next, begin, end);
+        });
+    }
+
+    static void add_bias(const bf16* bias, float* y, int64_t rows, const Run& run) {
+        for (int64_t row = 0; row < rows; ++row)
+            for (int64_t n = run.lo; n < run.hi; ++n) y[row * kPanel + n - run.lo] += load(bias, n);
+    }
+
+    void prefetch(const Weight& w, bool in_pairs) { prefetch_panel(w, {w.outputs, in_pairs}, thread_); }
+
+    template <typename Work>
+    void tasks(Phase phase, int64_t count, Work&& work) {
+        share(phase, [&](Next& next) { each_task(next, count, work); });
+    }
+
+    template <typename Work>
+    void share(Phase phase, Work&& work) {
+        (phase_++)->share(work);
+        if (!times_) return;
+        const int64_t time = now();
+        times_[phase] += time - last_;
+        last_ = time;
+    }
+
+    static int64_t now() {
+        using namespace std::chrono;
+        return duration_cast<nanoseconds>(steady_clock::now().time_since_epoch()).count();
+    }
+
+    const Stack& stack_;
+    const Model& model_;
+    const Step& step_;
+    PhaseState* phase_;  // the next
+    const int thread_;
+    bf16* const panel_;
+    void* const scratch_;
+    int64_t* const times_;  // of the thread that keeps time
+    const int64_t rows_, width_;
+    int64_t last_ = 0;
+};
+
+inline void Stack::run(const Step& step) {
+    const Model& m = model_;
+    const int64_t threads = num_threads, widest = std::max({m.hidden, m.intermediate, m.heads * m.head_dim});
+    packed_ = packed_memory_.at_least(packed_size(std::max(step.rows, step.num_logits), widest));
+    bf16* const panels = panel_memory_.at_least(threads * panel_size(widest));
+    attention_.build({step.block_tables, step.contexts, step.query_starts, step.max_blocks, step.num_sequences,
+                      m.heads, cache_of(step), 0});
+    const int64_t scratch_size = ceil_div(attention_.scratch_bytes, 64) * 64;
+    char* const scratch = scratch_memory_.at_least(threads * scratch_size);
+    if (step.num_segments) {
+        lora_.build({step.arena,
+                     {step.offset, step.scale, step.num_granules, step.table_layers, step.modules, step.granules},
+                     step.segments, step.num_segments},
+                    step.rows);
+        v_ = v_memory_.at_least(lora_.v_bytes(kMaxProjections));
+    }
+    const int64_t num_phases = kMaxPhases * m.num_layers + 2;
+    if (!phases_) phases_.reset(new PhaseState[num_phases]);
+    for (int64_t i = 0; i < num_phases; ++i) phases_[i].reset();
+#pragma omp parallel num_threads(threads)
+    {
+        const Tiles tiles;
+        const int thread = omp_get_thread_num();
+        Worker(*this, step, phases_.get(), thread, panels + thread * panel_size(widest), scratch + thread * scratch_size)
+            .run();
+    }
+}
+
+}  // namespace
+
+#endif
