@@ -30,6 +30,7 @@ def _number(
 
 _FLOAT_MAX = 3.4e38
 _UINT32 = _number(int, 0, 2**32 - 1, "a whole number of at least 0")
+_INT32 = _number(int, -(2**31), 2**31 - 1, "a whole number from -2^31 to 2^31 - 1")
 _UINT64 = _number(int, 0, 2**64 - 1, "a whole number from 0 to 2^64 - 1")
 _FLOAT = _number(float, -_FLOAT_MAX, _FLOAT_MAX, "a number")
 _SECONDS = _number(float, 0.001, 10**9, "a positive number of seconds")
@@ -85,7 +86,7 @@ def connect(args: argparse.Namespace) -> Client:
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
-    """A flag for every field of SamplingParams, StopParams and OutputOptions."""
+    """A flag for every field of SamplingParams, StopParams and OutputOptions, and the priority."""
     length = parser.add_argument_group("length")
     length.add_argument(
         "--max-tokens",
@@ -112,6 +113,12 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
         help="go on past the model's own end of text",
     )
     _add_drawing(parser)
+    parser.add_argument(
+        "--priority",
+        type=_INT32,
+        metavar="N",
+        help="where requests wait for each other the higher goes first (default: 0)",
+    )
 
 
 def _add_drawing(parser: argparse.ArgumentParser) -> None:
@@ -139,7 +146,7 @@ _FIELDS = (
 
 def sampling_of(args: argparse.Namespace) -> GenerateOptions:
     """What was said on the command line; the rest is None, the server's to choose."""
-    options: GenerateOptions = {}
+    options: GenerateOptions = {"priority": args.priority}
     for name in _FIELDS:
         options[name] = getattr(args, name)  # type: ignore[literal-required]
     return options

@@ -179,8 +179,16 @@ def _add_limit_options(parser: argparse.ArgumentParser) -> None:
     number("--max-rank", "largest adapter rank")
     number("--max-slots", "adapters in device memory at one time")
     number("--max-running", "requests decoded together")
-    number("--max-waiting", "requests queued beyond those")
+    number("--max-waiting", "requests queued beyond those; one adapter's never take all of it")
     number("--max-step-tokens", "tokens in one forward pass")
+    group.add_argument(
+        "--prefill-share",
+        type=_share,
+        default=defaults.prefill_share,
+        metavar="PART",
+        help="where streams wait for a pass, prompts may lengthen it by such a part of its time: "
+        "less is smoother for streams, more is quicker for prompts (default: %(default)s)",
+    )
     group.add_argument(
         "--max-adapter-size",
         type=_parsed(parse_size),
@@ -189,6 +197,21 @@ def _add_limit_options(parser: argparse.ArgumentParser) -> None:
         help="largest adapter upload (default: 1G)",
     )
     group.add_argument("--threads", type=_positive, metavar="N", help="default: one a core")
+    group.add_argument(
+        "--prefix-cache",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="keep the KV of finished requests in memory that nobody needs, for requests of the "
+        "same tenant and adapter that begin with the same tokens (default: yes)",
+    )
+    group.add_argument(
+        "--speculation",
+        default="auto",
+        choices=("auto", "off"),
+        help="auto (default): guess a request's next tokens from its own text and verify them in "
+        "one pass, as far as it pays; the tokens stay the same. Off where CUDA graphs are used",
+    )
+    number("--max-draft-tokens", "tokens guessed at a time for one request")
     group.add_argument(
         "--no-cuda-graphs",
         action="store_true",
@@ -297,10 +320,14 @@ def _serve_config(args: argparse.Namespace) -> ServeConfig:
         max_running=args.max_running,
         max_waiting=args.max_waiting,
         max_step_tokens=args.max_step_tokens,
+        prefill_share=args.prefill_share,
         max_adapter_bytes=args.max_adapter_size,
         context_length=args.context_length,
         threads=args.threads,
         cuda_graphs=not args.no_cuda_graphs,
+        prefix_cache=args.prefix_cache,
+        speculation=args.speculation == "auto",
+        max_draft_tokens=args.max_draft_tokens,
         step_log=args.step_log,
         drain_seconds=args.drain,
     )
@@ -356,6 +383,16 @@ def _parsed(parse: Callable[[str], T]) -> Callable[[str], T]:
 
 def _metrics_address(text: str) -> Address | None:
     return None if text == "off" else _parsed(parse_address)(text)
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 100:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0 and at most 100")
+    return share
 
 
 def _positive(text: str) -> int:

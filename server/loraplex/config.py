@@ -44,10 +44,14 @@ class ServeConfig:
     max_running: int = 64
     max_waiting: int = 1024
     max_step_tokens: int = 512
+    prefill_share: float = 0.7  # by such a part of its time prompts may lengthen streams' step
     max_adapter_bytes: int = 2**30
     context_length: int | None = None
     threads: int | None = None
     cuda_graphs: bool = True
+    prefix_cache: bool = True
+    speculation: bool = True
+    max_draft_tokens: int = 8
     step_log: Path | None = None
     drain_seconds: float = 30.0
 

@@ -96,7 +96,7 @@ _TABLE = (
     Reason(
         "QUEUE_FULL",
         StatusCode.RESOURCE_EXHAUSTED,
-        "too many requests wait already; RetryInfo says when to try again",
+        "too many requests wait, or too many of one adapter's; RetryInfo says when to retry",
     ),
     Reason(
         "OUT_OF_MEMORY",
@@ -110,6 +110,11 @@ _TABLE = (
     ),
     Reason("DISK_FULL", StatusCode.RESOURCE_EXHAUSTED, "the store has no room for the upload"),
     Reason("DEADLINE_EXCEEDED", StatusCode.DEADLINE_EXCEEDED, "the call's deadline has passed"),
+    Reason(
+        "DEADLINE_UNREACHABLE",
+        StatusCode.DEADLINE_EXCEEDED,
+        "the wait for a first token would be longer than the call's deadline leaves",
+    ),
     Reason("UPLOAD_STALLED", StatusCode.DEADLINE_EXCEEDED, "no upload message for 30 seconds"),
     Reason(
         "UPLOAD_INCOMPLETE",

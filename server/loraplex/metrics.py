@@ -23,7 +23,10 @@ _COUNT_BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 5
 
 
 class Metrics:
-    """Every metric of this server; histograms are labelled by model, never by adapter."""
+    """Every metric of this server; histograms are labelled by model, never by adapter.
+
+    Mutable: `_prefix_totals`, what was last told of the prefix cache.
+    """
 
     def __init__(self, registry: CollectorRegistry, model: str) -> None:
         self._registry = registry
@@ -75,7 +78,21 @@ class Metrics:
         self._waiting = self._gauge("requests_waiting", "Requests not admitted yet.")
         self._blocks = self._gauge("memory_blocks", "Blocks of the arena by use.", "use")
         self._kv_usage = self._gauge(
-            "kv_cache_usage_ratio", "KV's share of the blocks that adapters leave to it."
+            "kv_cache_usage_ratio",
+            "Running requests' share of the blocks that adapters leave to KV.",
+        )
+        self._prefix_queries = self._counter(
+            "prefix_cache_queries", "Prompt tokens of requests that looked for cached KV."
+        )
+        self._prefix_hits = self._counter(
+            "prefix_cache_hits", "Of these, tokens whose KV was in the prefix cache."
+        )
+        self._prefix_totals = (0, 0)
+        self._drafted = self._counter(
+            "spec_decode_num_draft_tokens", "Tokens guessed for the model to verify."
+        )
+        self._accepted = self._counter(
+            "spec_decode_num_accepted_tokens", "Of these, tokens that the model drew."
         )
 
     def _add_adapter_metrics(self) -> None:
@@ -108,6 +125,10 @@ class Metrics:
         self._rows.observe(num_rows)
         self._adapters.observe(num_distinct_adapters)
 
+    def drafted(self, num_tokens: int, num_accepted: int) -> None:
+        self._drafted.inc(num_tokens)
+        self._accepted.inc(num_accepted)
+
     def preempted(self, num_sequences: int) -> None:
         self._preemptions.inc(num_sequences)
 
@@ -115,11 +136,19 @@ class Metrics:
         self._running.set(running)
         self._waiting.set(waiting)
 
-    def set_memory(self, kv: int, adapter: int, free: int) -> None:
-        """Blocks of the arena by use."""
-        for use, blocks in (("kv", kv), ("adapter", adapter), ("free", free)):
+    def set_memory(self, kv: int, cached: int, adapter: int, free: int) -> None:
+        """Blocks of the arena by use; `cached` ones are as good as free to whoever needs them."""
+        by_use = {"kv": kv, "cached": cached, "adapter": adapter, "free": free}
+        for use, blocks in by_use.items():
             self._blocks.labels(use).set(blocks)
-        self._kv_usage.set(kv / (kv + free) if kv + free else 0.0)
+        available = kv + cached + free
+        self._kv_usage.set(kv / available if available else 0.0)
+
+    def set_prefix_cache(self, queries: int, hits: int) -> None:
+        """Tokens since the start."""
+        before, self._prefix_totals = self._prefix_totals, (queries, hits)
+        self._prefix_queries.inc(queries - before[0])
+        self._prefix_hits.inc(hits - before[1])
 
     def set_adapters_resident(self, device: int, host: int) -> None:
         self._resident.labels("device").set(device)

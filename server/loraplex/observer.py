@@ -51,12 +51,16 @@ class EngineObserver:
         distinct = {digest for digest in record.digests if digest is not None}
         self._metrics.observe_step(record.duration, len(record.digests), len(distinct))
         self._metrics.preempted(record.num_preempted)
+        self._metrics.drafted(sum(record.num_drafts), record.num_confirmed)
         if self._step_log is not None:
             self._step_log.write(record)
 
     def on_state(self, state: EngineState) -> None:
         self._metrics.set_load(state.num_running, state.num_waiting)
-        self._metrics.set_memory(state.kv_blocks, state.adapter_blocks, state.free_blocks)
+        self._metrics.set_memory(
+            state.kv_blocks, state.cached_blocks, state.adapter_blocks, state.free_blocks
+        )
+        self._metrics.set_prefix_cache(state.prefix_queries, state.prefix_hits)
         self._metrics.set_adapters_resident(state.resident_adapters, state.host_adapters)
 
     def on_load(self, digest: str, seconds: float, error: RequestError | None) -> None:

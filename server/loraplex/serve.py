@@ -167,7 +167,7 @@ def _start_engine(
         step_log = StepLog(config.step_log)
         stack.callback(step_log.close)
     engine = Engine(
-        build_scheduler(config, memory),
+        build_scheduler(config, base, memory),
         build_runner(config, base, memory),
         loader,
         build_host_tier(base, memory),

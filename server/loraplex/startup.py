@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from loraplex_kernels.dispatch import cpu_ops, interpreted_ops
+from loraplex_kernels.dispatch import cpu_ops, interpreted_ops, multiplies_codes
 from loraplex_kernels.ops import Ops
 from loraplex_kernels.reference import TorchOps
 from loraplex_kernels.tables import AdapterTables
@@ -29,7 +29,9 @@ from loraplex.device import (
 from loraplex.engine.arena import Arena
 from loraplex.engine.graphs import MAX_BYTES as GRAPH_BYTES
 from loraplex.engine.model_runner import BlockShape, ModelRunner, RunnerConfig, block_shape
+from loraplex.engine.pace import Pace
 from loraplex.engine.scheduler import Scheduler, SchedulerConfig
+from loraplex.engine.speculation import MAX_DRAFT_ROWS, PromptLookup
 from loraplex.errors import StartupError
 from loraplex.model import nf4
 from loraplex.model.checkpoint import Checkpoint, base_identity
@@ -99,7 +101,7 @@ def load_base(config: ServeConfig) -> Base:
     ops = _build_ops(config, model, device)  # before the weights take its memory
     # A GPU makes its own codes, and quicker than a disk would give them.
     cache = NF4Cache(config.cache / "nf4", identity) if device.where.type == "cpu" else None
-    options = LoadOptions(device.where, device.dtype, _weight_form(model, device), cache)
+    options = LoadOptions(device.where, device.dtype, _weight_form(model, device, ops), cache)
     with progress_bar(f"Loading {config.model}") as progress:
         decoder = load_decoder(checkpoint, model, options, progress)
     if cache is not None:
@@ -149,12 +151,18 @@ def _with_context(model: ModelConfig, wanted: int | None) -> ModelConfig:
     return replace(model, context_length=wanted)
 
 
-def _weight_form(model: ModelConfig, device: Device) -> WeightForm:
-    """A dequantised copy is the quickest on a CPU, where there is room for it."""
+def _weight_form(model: ModelConfig, device: Device, ops: Ops) -> WeightForm:
+    """On a CPU whose ops do not multiply codes a dequantised copy, where there is room for it."""
     if device.name != "cpu":
         return WeightForm.PACKED
     weights = sum(shape.out_features * shape.in_features for shape in model.linears())
     size = weights * device.dtype.itemsize
+    if multiplies_codes(ops, device.dtype):
+        log.info(
+            "serving from the 4-bit codes, by this CPU's matrix tiles: no dequantised copy of %s",
+            format_size(size),
+        )
+        return WeightForm.PACKED
     if size > free_host_memory() // 2:
         log.info("serving from the 4-bit codes: a dequantised copy takes %s", format_size(size))
         return WeightForm.PACKED
@@ -219,10 +227,16 @@ def _working_memory(config: ServeConfig, base: Base) -> int:
     """Bytes that will be taken after the arena, on its device."""
     model, dtype, nowhere = base.config, base.device.dtype, torch.device("meta")
     activations = Activations.allocate(
-        model, dtype, nowhere, config.max_step_tokens, config.max_running
+        model,
+        dtype,
+        nowhere,
+        config.max_step_tokens,
+        config.max_running + _max_drafts(config, base),
     )
     if base.device.name != "cuda":
-        return activations.num_bytes
+        fused = base.decoder.fused(base.ops)
+        scratch = 0 if fused is None else fused.num_bytes(config.max_step_tokens)
+        return activations.num_bytes + scratch
     linears = _shapes(config, model).linears
     largest = max(linear.out_features * linear.in_features for linear in linears)
     dequantized = largest * dtype.itemsize
@@ -234,10 +248,22 @@ def _default_memory(device: torch.device, free: int) -> int:
     return int(free * 0.9) if device.type == "cuda" else min(free // 4, MAX_CPU_ARENA)
 
 
-def build_scheduler(config: ServeConfig, memory: Memory) -> Scheduler:
+def _max_drafts(config: ServeConfig, base: Base) -> int:
+    """Of one step. None where steps are replayed as CUDA graphs: those have one row a sequence."""
+    if not config.speculation or (base.device.name == "cuda" and config.cuda_graphs):
+        return 0
+    return min(MAX_DRAFT_ROWS, config.max_running * config.max_draft_tokens)
+
+
+def build_scheduler(config: ServeConfig, base: Base, memory: Memory) -> Scheduler:
     arena = Arena(memory.num_blocks)
-    limits = SchedulerConfig(memory.block.tokens, config.max_running, config.max_step_tokens)
-    return Scheduler(arena, AdapterPool(arena, config.max_slots), limits)
+    limits = SchedulerConfig(
+        memory.block.tokens, config.max_running, config.max_step_tokens, config.prefix_cache
+    )
+    max_drafts = _max_drafts(config, base)
+    speculator = PromptLookup(config.max_draft_tokens, max_drafts) if max_drafts else None
+    pool, pace = AdapterPool(arena, config.max_slots), Pace(config.prefill_share)
+    return Scheduler(arena, pool, limits, pace, speculator)
 
 
 def build_host_tier(base: Base, memory: Memory) -> HostTier[PackedAdapter]:
@@ -278,6 +304,7 @@ def build_runner(config: ServeConfig, base: Base, memory: Memory) -> ModelRunner
         max_rank=config.max_rank,
         max_rows=config.max_step_tokens,
         max_running=config.max_running,
+        max_drafts=_max_drafts(config, base),
         device=base.device.where,
     )
     try:

@@ -8,6 +8,7 @@ from figures import (
     Summary,
     Timeline,
     decode_rate,
+    draining_rate,
     end_to_end_rate,
     num_tokens,
     percentile,
@@ -59,9 +60,19 @@ def test_percentile(values: list[float], percent: float, expected: float) -> Non
     assert percentile(values, percent) == pytest.approx(expected)
 
 
+def test_draining_counts_from_the_first_token_of_all_to_the_last() -> None:
+    first, second = every(0.5, 1.0, 3), every(0.5, 2.0, 5)
+
+    assert draining_rate([first, second]) == pytest.approx(6 / 3.0)
+    assert draining_rate([first, ()]) == pytest.approx(2 / 1.0)
+    assert draining_rate([(), ()]) is None
+    assert draining_rate([every(0.5, 1.0, 1)]) is None
+
+
 def test_summary_takes_medians_of_waves_and_of_all_first_tokens() -> None:
     steps = (0.5, 1.0, 0.25)
-    summary = Summary.of([[every(step, 1.0, 5), every(step, 1.5, 5)] for step in steps])
+    waves = [[every(step, 1.0, 5), every(step, 1.5, 5)] for step in steps]
+    summary = Summary.of(waves, asked=5, seconds=60.0)
 
     assert summary.decode == pytest.approx(4.0)
     assert summary.decode_waves == pytest.approx((4.0, 2.0, 8.0))
@@ -69,7 +80,28 @@ def test_summary_takes_medians_of_waves_and_of_all_first_tokens() -> None:
     assert summary.first_token_median == pytest.approx(1.25)
     assert summary.first_token_p90 == pytest.approx(1.5)
     assert summary.spread == pytest.approx((10 / 2.5 - 10 / 5.5) * 3.5 / 10)
+    assert not summary.one_by_one
+    assert not summary.cut
+
+
+def test_summary_of_requests_that_did_not_run_together_is_of_draining() -> None:
+    summary = Summary.of([[every(0.5, 1.0, 3), every(0.5, 9.0, 3)]], asked=3, seconds=60.0)
+
+    assert summary.one_by_one
+    assert summary.decode == pytest.approx(4 / 9.0)
+
+
+def test_summary_of_a_stopped_wave_counts_silent_requests_at_its_end() -> None:
+    summary = Summary.of([[every(0.5, 1.0, 3), ()]], asked=5, seconds=8.0)
+
+    assert summary.cut
+    assert summary.first_token_median == pytest.approx(4.5)
+    assert summary.end_to_end == pytest.approx(3 / 2.0)
+
+
+def test_a_wave_stopped_near_its_beginning_has_no_rate() -> None:
+    assert Summary.of([[every(0.5, 7.0, 2), ()]], asked=64, seconds=8.0).decode is None
 
 
 def test_summary_without_a_decode_span() -> None:
-    assert Summary.of([[every(0.5, 1.0, 1)]]).decode is None
+    assert Summary.of([[every(0.5, 1.0, 1)]], asked=1, seconds=60.0).decode is None

@@ -174,6 +174,8 @@ class _Inference(inference_pb2_grpc.InferenceServiceServicer):
             model="tiny",
             device="cpu",
             features=["chat"],
+            context_length=512,
+            vocab_size=100,
             limits=inference_pb2.ServerLimits(max_rank=64),
         )
 

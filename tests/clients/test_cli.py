@@ -46,6 +46,7 @@ def test_every_sampling_flag_arrives(server: "FakeServer", command: Command) -> 
         *("--repetition-penalty=1.5", "--presence-penalty", "-1", "--frequency-penalty=0.5"),
         *("--seed=18446744073709551615", "--max-tokens=5", "--min-tokens=0", "--ignore-eos"),
         *("--stop=a", "--stop=b", "--stop-token-id=1", "--stop-token-id=2", "--logprobs=0"),
+        *("--priority", "-7"),
     )
     assert finish(command("generate", "x", "--json", *flags))[0] == 0
     request = server.calls[0].request
@@ -63,6 +64,7 @@ def test_every_sampling_flag_arrives(server: "FakeServer", command: Command) -> 
         max_tokens=5, min_tokens=0, stop=["a", "b"], stop_token_ids=[1, 2], ignore_eos=True
     )
     assert request.output == inference_pb2.OutputOptions(logprobs=0)
+    assert request.priority == -7
     parts = (request.sampling, request.stop, request.output)
     assert {name for part in parts for name in part.DESCRIPTOR.fields_by_name} == set(_FIELDS)
 

@@ -32,7 +32,8 @@ class Row(NamedTuple):
 
     request_id: str
     digest: str | None
-    num_tokens: int  # 1: decoding
+    num_tokens: int
+    num_drafts: int  # of these
 
 
 class Step(NamedTuple):
@@ -44,12 +45,12 @@ class Step(NamedTuple):
     @classmethod
     def parse(cls, line: str) -> "Step":
         fields = json.loads(line)
-        columns = (fields["request_ids"], fields["digests"], fields["num_tokens"])
-        return cls(fields["started_at"], tuple(map(Row, *columns)))
+        columns = ("request_ids", "digests", "num_tokens", "num_drafts")
+        return cls(fields["started_at"], tuple(map(Row, *(fields[name] for name in columns))))
 
     @property
     def decoded_digests(self) -> set[str | None]:
-        return {row.digest for row in self.rows if row.num_tokens == 1}
+        return {row.digest for row in self.rows if row.num_tokens - row.num_drafts == 1}
 
 
 @dataclass(slots=True)

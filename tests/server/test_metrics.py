@@ -36,6 +36,10 @@ COUNTERS: dict[str, tuple[str, ...]] = {
     "prompt_tokens": (),
     "generation_tokens": (),
     "preemptions": (),
+    "prefix_cache_queries": (),
+    "prefix_cache_hits": (),
+    "spec_decode_num_draft_tokens": (),
+    "spec_decode_num_accepted_tokens": (),
     "request_finished": ("reason",),
     "requests_rejected": ("reason",),
     "adapter_loads": ("result",),
@@ -59,8 +63,11 @@ def feed(metrics: Metrics) -> None:
     """Every verb once, so that every family has a sample."""
     metrics.observe_step(0.02, 8, 3)
     metrics.preempted(2)
+    metrics.drafted(8, 5)
     metrics.set_load(running=8, waiting=2)
-    metrics.set_memory(kv=30, adapter=10, free=60)
+    metrics.set_memory(kv=30, cached=20, adapter=10, free=40)
+    metrics.set_prefix_cache(queries=50, hits=16)
+    metrics.set_prefix_cache(queries=70, hits=32)
     metrics.set_adapters_resident(device=3, host=4)
     metrics.adapter_load("ok", 0.5)
     metrics.adapters_evicted("host", 2)
@@ -95,17 +102,22 @@ def test_values(metrics: Metrics, registry: CollectorRegistry) -> None:
     assert value("loraplex_batch_size_sum", **MODEL) == 8
     assert value("loraplex_batch_distinct_adapters_sum", **MODEL) == 3
     assert value("loraplex_preemptions_total") == 2
+    assert value("loraplex_spec_decode_num_draft_tokens_total") == 8
+    assert value("loraplex_spec_decode_num_accepted_tokens_total") == 5
     assert value("loraplex_requests_running") == 8
     assert value("loraplex_requests_waiting") == 2
     assert value("loraplex_memory_blocks", use="adapter") == 10
+    assert value("loraplex_memory_blocks", use="cached") == 20
     assert value("loraplex_kv_cache_usage_ratio") == pytest.approx(30 / 90)
+    assert value("loraplex_prefix_cache_queries_total") == 70
+    assert value("loraplex_prefix_cache_hits_total") == 32
     assert value("loraplex_adapters_resident", tier="device") == 3
     assert value("loraplex_adapters_resident", tier="host") == 4
     assert value("loraplex_adapter_loads_total", result="ok") == 1
     assert value("loraplex_adapter_evictions_total", tier="host") == 2
     assert value("loraplex_prompt_tokens_total") == 5
     assert value("loraplex_request_finished_total", reason="length") == 1
-    metrics.set_memory(kv=0, adapter=5, free=0)
+    metrics.set_memory(kv=0, cached=0, adapter=5, free=0)
     assert value("loraplex_kv_cache_usage_ratio") == 0
 
 

@@ -9,7 +9,7 @@ import pytest
 from loraplex.engine.engine import StepRecord
 from loraplex.observer import StepLog
 
-RECORD = StepRecord(1, 2.0, 0.5, ("r1", "r2"), (None, "abc"), (1, 7), 2, 0)
+RECORD = StepRecord(1, 2.0, 0.5, ("r1", "r2"), (None, "abc"), (1, 7), (0, 0), 0, 2, 0)
 
 
 def test_a_step_is_a_line_at_once(tmp_path: Path) -> None:

@@ -7,13 +7,21 @@
 
 A blend has a slot alone: its rows in the device's tables point into its members' blocks. So it can
 be here only while they are, and goes when one of them goes.
+
+Idle adapters and the KV of cached prefixes (`prefixes`) make room together: what was not used for
+longest goes first, a prefix's age counted as prefix_cache.py says, and what somebody waits for
+last. Were all adapters to go before prefixes, KV that nobody will ever read would drive out what is
+asked for all the time; were prefixes to go first, none would outlive a flood of adapters.
 """
 
+from bisect import bisect_left
 from collections import Counter, OrderedDict
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
+from itertools import islice
 
 from loraplex.engine.arena import Arena, Use
+from loraplex.engine.prefix_cache import PrefixCache
 
 NOTHING: frozenset[str] = frozenset()
 
@@ -29,6 +37,7 @@ class Resident:
     ready: bool = False
     references: int = 0
     forgotten: bool = False  # goes with its last reference
+    last_use: int = 0  # of the arena
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,19 +79,22 @@ class AdapterPool:
     """Slots and blocks of what is resident, referenced by the sequences that use it; and pins.
 
     Mutable: `_residents` in order of last use, `_free_slots`, `_pins` by version, `num_evicted`,
-    versions that had to make room since the start, and `awaited`, as its owner changes it.
+    versions that had to make room since the start, `awaited`, as its owner changes it, and
+    `prefixes`, whose idle blocks count as room.
     """
 
     arena: Arena
     num_slots: int
     awaited: Collection[str] = NOTHING  # versions that somebody waits for: they make room last
     num_evicted: int = 0
+    prefixes: PrefixCache = field(init=False)
     _residents: OrderedDict[str, Resident] = field(default_factory=OrderedDict)
     _free_slots: list[int] = field(default_factory=list)
     _pins: dict[str, _Pin] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._free_slots = list(range(self.num_slots - 1, -1, -1))
+        self.prefixes = PrefixCache(self.arena)
 
     def get(self, digest: str) -> Resident | None:
         return self._residents.get(digest)
@@ -110,6 +122,7 @@ class AdapterPool:
         assert blocks is not None
         resident = Resident(digest, self._free_slots.pop(), blocks)
         self._residents[digest] = resident
+        self._touch(resident)
         return Load(digest, resident.slot, tuple(blocks))
 
     def loaded(self, digest: str) -> None:
@@ -130,7 +143,9 @@ class AdapterPool:
         if self.make_room(0, 1, {*keep, *weights}) is None:
             return None
         slot = self._free_slots.pop()
-        self._residents[digest] = Resident(digest, slot, [], tuple(weights), ready=True)
+        blend = Resident(digest, slot, [], tuple(weights), ready=True)
+        self._residents[digest] = blend
+        self._touch(blend)
         return Bind(slot, tuple((member.slot, weights[member.digest]) for member in members))
 
     def acquire(self, digest: str) -> int:
@@ -139,7 +154,7 @@ class AdapterPool:
         for one in self._with_members(resident):
             assert one.ready, f"{one.digest} is used before it is loaded"
             one.references += 1
-            self._residents.move_to_end(one.digest)
+            self._touch(one)
         return resident.slot
 
     def release(self, digest: str) -> None:
@@ -147,7 +162,7 @@ class AdapterPool:
         for one in released:
             assert one.references > 0, f"{one.digest} is released more often than acquired"
             one.references -= 1
-            self._residents.move_to_end(one.digest)
+            self._touch(one)
         for one in released:
             self._let_go(one)
 
@@ -158,52 +173,69 @@ class AdapterPool:
             del self._residents[resident.digest]
             self.arena.free(resident.blocks)
             self._free_slots.append(resident.slot)
+            if resident.forgotten:
+                self.prefixes.forget(resident.digest)
 
     def forget(self, digest: str) -> None:
-        """Nobody will ask for this version again: it goes at once, or with its last use."""
+        """Nobody will ask for this version again: it goes at once, or with its last use.
+
+        So does the KV that was computed with it.
+        """
         self._pins.pop(digest, None)
         resident = self._residents.get(digest)
-        if resident is not None:
+        if resident is None:
+            self.prefixes.forget(digest)
+        else:
             resident.forgotten = True
             self._let_go(resident)
 
     def make_room(
         self, num_blocks: int, num_slots: int = 0, keep: Collection[str] = NOTHING
     ) -> tuple[str, ...] | None:
-        """So much free, idle ones dropped for it: the least recently used first, none of `keep`.
+        """So much free, what is idle dropped for it in the module's order, but none of `keep`.
 
-        But those that somebody waits for go last, and where slots are missing blends go first, as
-        they can be bound again at no cost.
-        What went; None, and nothing changed, if all of them together would not be enough.
+        Where slots are missing blends go first, as they can be bound again at no cost.
+        The versions and blends that went; None, and nothing changed, if all that is idle together
+        would not be enough.
         """
         blocks = num_blocks - self.arena.num_free  # still missing
         slots = num_slots - len(self._free_slots)
         if blocks <= 0 and slots <= 0:
             return ()
-        chosen: dict[str, Resident] = {}
-        for resident in sorted(self._residents.values(), key=self._reluctance):
-            if blocks <= 0 and slots <= 0:
-                break
-            gives = bool(resident.blocks) or slots > 0  # a blend has no block to give
-            if resident.digest in chosen or not gives or not self._may_go(resident, keep):
-                continue
-            for one in self._with_blends(resident):
-                if one.digest not in chosen:
-                    chosen[one.digest] = one
-                    blocks -= len(one.blocks)
-                    slots -= 1
-        if blocks > 0 or slots > 0:
+        chosen = self._choose(blocks, slots, keep)
+        blocks -= sum(len(resident.blocks) for resident in chosen.values())
+        if blocks > self.prefixes.num_idle or slots > len(chosen):
             return None
+        self.prefixes.evict(max(0, blocks))
         for digest, resident in chosen.items():
             self.num_evicted += not resident.members
             if digest in self._residents:  # not gone with one of its members
                 self.drop(digest)
         return tuple(chosen)
 
+    def _choose(self, blocks: int, slots: int, keep: Collection[str]) -> dict[str, Resident]:
+        """Those that go so that so much is free, besides prefixes that go before them."""
+        uses = list(islice(self.prefixes.idle_uses(), max(0, blocks)))
+        chosen: dict[str, Resident] = {}
+        gained = 0
+        for resident in sorted(self._residents.values(), key=self._reluctance):
+            is_awaited = resident.digest in self.awaited
+            before = len(uses) if is_awaited else bisect_left(uses, resident.last_use)
+            if gained + before >= blocks and len(chosen) >= slots:
+                break
+            gives = bool(resident.blocks) or len(chosen) < slots  # a blend has no block to give
+            if resident.digest in chosen or not gives or not self._may_go(resident, keep):
+                continue
+            for one in self._with_blends(resident):
+                if one.digest not in chosen:
+                    chosen[one.digest] = one
+                    gained += len(one.blocks)
+        return chosen
+
     def room(self, keep: Collection[str]) -> Room:
-        """What is free, or would be without the idle ones that are not in `keep`."""
+        """What is free, or would be without what is idle and not in `keep`."""
         going = [one for one in self._residents.values() if self._may_go(one, keep)]
-        blocks = sum(len(one.blocks) for one in going)
+        blocks = sum(len(one.blocks) for one in going) + self.prefixes.num_idle
         return Room(self.arena.num_free + blocks, len(self._free_slots) + len(going))
 
     # Pins.
@@ -295,6 +327,10 @@ class AdapterPool:
         if not resident.ready or resident.references:
             return False
         return resident.digest not in keep and resident.digest not in self._pins
+
+    def _touch(self, resident: Resident) -> None:
+        resident.last_use = self.arena.next_use()
+        self._residents.move_to_end(resident.digest)
 
     def _reluctance(self, resident: Resident) -> tuple[bool, bool]:
         return not resident.members, resident.digest in self.awaited

@@ -10,10 +10,14 @@ from loraplex.errors import RequestError
 class Call:
     """One RPC as its handler sees it. Mutable: `opened`, and `facts`, which grow for the log."""
 
-    def __init__(self, method: str, request_id: str | None = None) -> None:
+    def __init__(
+        self, method: str, request_id: str | None = None, time_left: float | None = None
+    ) -> None:
+        """`time_left`: seconds until the caller's deadline; None: there is none."""
         self.method = method
         self.request_id = request_id or uuid.uuid4().hex
         self.started = time.monotonic()
+        self.deadline = None if time_left is None else self.started + time_left
         self.opened = False  # the response's headers are out: the request was accepted
         self.facts: dict[str, object] = {}
 

@@ -16,6 +16,7 @@ class Completion:
         self._detokenizer = detokenizer
         self._stop = stop
         self._stop_strings = StopBuffer(stop_strings)
+        self._has_stops = bool(stop_strings)
         self.num_tokens = 0
         self.matched: str | None = None
 
@@ -25,11 +26,10 @@ class Completion:
         while taken < len(tokens.token_ids) and self.matched is None:
             text += self._push(tokens.token_ids[taken])
             taken += 1
-        return pb.Delta(
-            text=text,
-            token_ids=tokens.token_ids[:taken],
-            logprobs=[_logprobs(entry) for entry in tokens.logprobs[:taken]],
-        )
+        delta = pb.Delta(text=text, token_ids=tokens.token_ids[:taken])
+        if tokens.logprobs:
+            delta.logprobs.extend(_logprobs(entry) for entry in tokens.logprobs[:taken])
+        return delta
 
     def flush(self) -> str:
         """The text that was held back, now that no token follows."""
@@ -44,7 +44,7 @@ class Completion:
 
     def _examine(self, text: str) -> str:
         """What may be sent of it; before min_tokens nothing counts as a stop string."""
-        if self.num_tokens < self._stop.min_tokens:
+        if not self._has_stops or self.num_tokens < self._stop.min_tokens:
             return text
         emitted, self.matched = self._stop_strings.push(text)
         return emitted

@@ -74,7 +74,8 @@ class Generation:
             delta = self._completion.push(event)
             if self._completion.matched is not None:
                 self._let_go()
-                self._end = Finished(FinishReason.STOP_STRING, None, 0, stream.timings())
+                cached, timings = self._sequence.num_cached, stream.timings()
+                self._end = Finished(FinishReason.STOP_STRING, None, cached, timings)
                 yield delta
                 return
             yield delta

@@ -23,7 +23,10 @@ from loraplex.engine.sequence import Sequence, StopParams
 from loraplex.errors import InvalidRequestError, RequestError
 from loraplex.metrics import Metrics
 
-FEATURES = ("resume", "replace", "pin", "adapter_version", "blend", "dora", "alora")
+FEATURES = (
+    *("resume", "replace", "pin", "adapter_version", "blend", "dora", "alora"),
+    *("prefix_cache", "priority", "fair_share"),
+)
 """What of the contract's optional parts works here, by name; GetServerInfo tells it."""
 
 
@@ -156,4 +159,6 @@ class InferenceServicer:
             digest=target.digest,
             blend=target.blend,
             adapter_start=target.adapter_start,
+            priority=request.priority,
+            deadline=call.deadline,
         )

@@ -115,7 +115,7 @@ class _Rpc:
     @asynccontextmanager
     async def _answered(self, context: Context) -> AsyncIterator[Call]:
         """Whatever is raised within becomes the call's one status, one count and one log line."""
-        call = Call(self._method)
+        call = Call(self._method, time_left=context.time_remaining())
         code = StatusCode.UNKNOWN
         try:
             self._calls.enter(call)

@@ -13,7 +13,7 @@ from loraplex_protos.v1 import inference_pb2 as pb
 from loraplex.adapters.store import is_digest, validate_adapter_id
 from loraplex.api.protocols import ModelInfo
 from loraplex.engine.sequence import SamplingParams
-from loraplex.errors import InvalidRequestError, RequestError, not_implemented
+from loraplex.errors import InvalidRequestError, RequestError
 
 MAX_BLEND = 8
 MAX_BLEND_WEIGHT = 1e6  # far beyond any use; a product with it does not overflow float32
@@ -50,8 +50,6 @@ def check_generate(request: pb.GenerateRequest, model: ModelInfo) -> None:
     """Everything that can be known before the prompt is tokenised and the adapter looked up."""
     if request.request_id and not is_request_id(request.request_id):
         raise InvalidRequestError("request_id", "must be 1 to 64 of A-Z, a-z, 0-9, '.', '_', '-'")
-    if request.priority:
-        raise not_implemented("priority")
     _check_adapters(request)
     _check_prompt(request, model)
     _check_sampling(request.sampling)

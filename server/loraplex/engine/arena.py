@@ -9,14 +9,15 @@ class Use(Enum):
     """What a block in use holds."""
 
     KV = "kv"
+    CACHED = "cached"  # KV that no running sequence reads
     ADAPTER = "adapter"
 
 
 class Arena:
     """Equal blocks of device memory, handed out by number. Knows no bytes and no device.
 
-    Mutable: `_free`, the stack of free blocks, `_use`, what each other block is for, and `_counts`,
-    how many of each there are.
+    Mutable: `_free`, the stack of free blocks, `_use`, what each other block is for, `_counts`, how
+    many of each there are, and `num_uses`, of all that lies here, which tells what was used last.
     """
 
     def __init__(self, num_blocks: int) -> None:
@@ -24,6 +25,7 @@ class Arena:
         self._free = list(range(num_blocks - 1, -1, -1))
         self._use: dict[int, Use] = {}
         self._counts = Counter[Use]()
+        self.num_uses = 0
 
     @property
     def num_free(self) -> int:
@@ -31,6 +33,15 @@ class Arena:
 
     def count(self, use: Use) -> int:
         return self._counts[use]
+
+    def use_of(self, block: int) -> Use | None:
+        """None: it is free."""
+        return self._use.get(block)
+
+    def next_use(self) -> int:
+        """Its number."""
+        self.num_uses += 1
+        return self.num_uses
 
     def allocate(self, count: int, use: Use) -> list[int] | None:
         """`count` blocks, or None and nothing changed when so many are not free."""
@@ -40,6 +51,12 @@ class Arena:
         self._use.update(dict.fromkeys(blocks, use))
         self._counts[use] += count
         return blocks
+
+    def turn(self, block: int, use: Use) -> None:
+        """From now on this block, which is not free, is for something else."""
+        self._counts[self._use[block]] -= 1
+        self._use[block] = use
+        self._counts[use] += 1
 
     def free(self, blocks: Iterable[int]) -> None:
         for block in blocks:
@@ -55,4 +72,6 @@ class Arena:
 
     def __repr__(self) -> str:
         kv, adapter = self.count(Use.KV), self.count(Use.ADAPTER)
-        return f"Arena({self.num_blocks} blocks: {kv} kv, {adapter} adapter, {self.num_free} free)"
+        cached = f" {self.count(Use.CACHED)} cached," if self.count(Use.CACHED) else ""
+        used = f"{kv} kv,{cached} {adapter} adapter"
+        return f"Arena({self.num_blocks} blocks: {used}, {self.num_free} free)"

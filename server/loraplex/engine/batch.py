@@ -63,12 +63,14 @@ def build_input(rows: Seq[Scheduled], memory: DeviceMemory) -> DecoderInput:
     for row in rows:
         end = row.start + row.num_tokens
         token_ids += row.sequence.token_ids(row.start, end)
+        token_ids += row.drafts
         positions += range(row.start, end)
         slots += _slots(row)
         starts.append(starts[-1] + row.num_tokens)
         if row.samples:
-            last_rows.append(starts[-1] - 1)
-            last_slots.append(slots[-1])
+            num_logits = 1 + len(row.drafts)
+            last_rows += range(starts[-1] - num_logits, starts[-1])
+            last_slots += slots[-num_logits:]
     return DecoderInput(
         token_ids=torch.tensor(token_ids, device=device),
         positions=torch.tensor(positions, device=device),
@@ -137,7 +139,7 @@ def _attention(rows: Seq[Scheduled], starts: list[int], memory: DeviceMemory) ->
         context_lens=contexts,
         context_table=torch.tensor(contexts, dtype=torch.int32, device=device),
         block_tables=_block_tables(rows).to(device),
-        query_start_table=_table(starts, device) if memory.with_tiles else None,
+        query_start_table=_table(starts, device),
         query_tiles=_table(tiles, device).view(-1, 2) if memory.with_tiles else None,
     )
 

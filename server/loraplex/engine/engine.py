@@ -22,8 +22,11 @@ from typing import Generic, Protocol
 
 from loraplex.adapters.tiers import HostTier, Tier
 from loraplex.engine.arena import Use
-from loraplex.engine.scheduler import Drawn, Outcome, Scheduled, Scheduler, Step
+from loraplex.engine.fair_share import OUTPUT_WEIGHT, PROMPT_WEIGHT
+from loraplex.engine.intake import Intake
+from loraplex.engine.scheduler import Scheduler
 from loraplex.engine.sequence import Finished, Phase, Sequence, Tokens
+from loraplex.engine.step import Drawn, Outcome, Scheduled, Step
 from loraplex.engine.stream import Event, TokenStream
 from loraplex.engine.supply import Device, Loader, LoadObserver, P, P_contra, Supply
 from loraplex.errors import RequestError
@@ -52,9 +55,12 @@ class EngineState:
     num_waiting: int
     kv_blocks: int
     adapter_blocks: int
+    cached_blocks: int  # KV that no running request reads
     free_blocks: int
     resident_adapters: int
     host_adapters: int
+    prefix_queries: int  # since the start, in tokens; see `PrefixStats`
+    prefix_hits: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +72,9 @@ class StepRecord:
     duration: float  # seconds, scheduling and sampling included
     request_ids: tuple[str, ...]
     digests: tuple[str | None, ...]
-    num_tokens: tuple[int, ...]  # 1: a decode row
+    num_tokens: tuple[int, ...]  # drafts among them; 1 without them: a decode row
+    num_drafts: tuple[int, ...]  # tokens that were guessed
+    num_confirmed: int  # so many of all of them were right
     num_sampled: int
     num_preempted: int
 
@@ -106,7 +114,8 @@ class Engine(Generic[P]):
         self._config = config
         self._clock = clock
         self._loop = asyncio.get_running_loop()
-        self._streams: dict[str, TokenStream] = {}  # the event loop's, as these two
+        self._intake = Intake(config.max_live, scheduler.config.max_running)
+        self._streams: dict[str, TokenStream] = {}  # the event loop's, as these two and the intake
         self._asked: set[asyncio.Future[None]] = set()
         self._stopped = False
         self.crashed = asyncio.Event()  # set when the thread ended by itself: nothing runs any more
@@ -118,6 +127,8 @@ class Engine(Generic[P]):
         self._num_steps = 0
         self._num_failed = 0  # in a row
         self._last_run = 0.0  # seconds
+        self._served = 0.0  # while somebody waited, and not told of yet; and the seconds it took
+        self._served_in = 0.0
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="loraplex-engine", daemon=True)
 
@@ -132,9 +143,8 @@ class Engine(Generic[P]):
             raise RequestError(
                 "REQUEST_ID_IN_USE", f"request {sequence.request_id} is still running"
             )
-        if len(self._streams) >= self._config.max_live:
-            raise RequestError("QUEUE_FULL", "too many requests are waiting", retry_after=1.0)
         sequence.submitted_at = self._clock()
+        self._intake.enter(sequence, sequence.submitted_at)
         stream = TokenStream(sequence, self._config.stream_limit, self._clock, self.abort)
         self._streams[sequence.request_id] = stream
         self._inbox.put(partial(self._add, sequence))
@@ -142,7 +152,9 @@ class Engine(Generic[P]):
 
     def abort(self, request_id: str) -> None:
         """Forget a request; what it held is free before the next step. Idempotent."""
-        if self._streams.pop(request_id, None) is not None:
+        stream = self._streams.pop(request_id, None)
+        if stream is not None:
+            self._intake.leave(stream.sequence)
             self._inbox.put(partial(self._abort, request_id))
 
     def residency(self, version: str) -> Tier:
@@ -185,6 +197,7 @@ class Engine(Generic[P]):
         self._stopped = True
         for stream in self._streams.values():
             stream.push(error)
+            self._intake.leave(stream.sequence)
         self._streams.clear()
         for asked in self._asked:
             _settle(asked, error)
@@ -273,6 +286,9 @@ class Engine(Generic[P]):
         self._num_failed = 0
         now = self._clock()
         self._last_run = now - began
+        self._scheduler.learn(step, self._last_run)
+        if self._scheduler.waiting:
+            self._count(step, drawn)
         outcomes = self._scheduler.update(step, drawn, now)
         self._num_steps += 1
         self._observer.on_step(
@@ -285,10 +301,18 @@ class Engine(Generic[P]):
                 num_tokens=tuple(row.num_tokens for row in step.rows),
                 num_sampled=sum(map(len, drawn)),
                 num_preempted=step.num_preempted,
+                num_drafts=tuple(len(row.drafts) for row in step.rows),
+                num_confirmed=sum(max(0, len(tokens) - 1) for tokens in drawn),
             )
         )
         self._observer.on_state(self._state())
         self._send([event for outcome in outcomes for event in self._events_of(outcome, now)])
+
+    def _count(self, step: Step, drawn: Seq[Drawn]) -> None:
+        """What a step did while somebody waited, for the intake's estimates."""
+        num_prompt = sum(row.num_tokens for row in step.rows if not row.is_decode)
+        self._served += PROMPT_WEIGHT * num_prompt + OUTPUT_WEIGHT * sum(map(len, drawn))
+        self._served_in += self._last_run
 
     def _events_of(self, outcome: Outcome, now: float) -> list[tuple[Sequence, Event]]:
         sequence = outcome.sequence
@@ -352,23 +376,34 @@ class Engine(Generic[P]):
             num_waiting=len(scheduler.waiting),
             kv_blocks=scheduler.arena.count(Use.KV),
             adapter_blocks=scheduler.arena.count(Use.ADAPTER),
+            cached_blocks=scheduler.arena.count(Use.CACHED),
             free_blocks=scheduler.arena.num_free,
             resident_adapters=scheduler.pool.num_ready,
             host_adapters=len(self._host),
+            prefix_queries=scheduler.kv.stats.num_queried,
+            prefix_hits=scheduler.kv.stats.num_found,
         )
 
     def _send(self, events: Seq[tuple[Sequence, Event]]) -> None:
         if events:
-            self._loop.call_soon_threadsafe(self._deliver, events)
+            self._loop.call_soon_threadsafe(self._deliver, events, self._served, self._served_in)
+            self._served = self._served_in = 0.0
 
-    def _deliver(self, events: Seq[tuple[Sequence, Event]]) -> None:
+    def _deliver(self, events: Seq[tuple[Sequence, Event]], served: float, seconds: float) -> None:
+        if seconds:
+            self._intake.served(served, seconds)
         for sequence, event in events:
             stream = self._streams.get(sequence.request_id)
             # An aborted request's id may belong to another one by now.
-            if stream is not None and stream.sequence is sequence:
-                stream.push(event)
-                if not isinstance(event, Tokens):
-                    self._streams.pop(sequence.request_id, None)
+            if stream is None or stream.sequence is not sequence:
+                continue
+            if isinstance(event, Tokens):
+                self._intake.began(sequence)
+            else:
+                del self._streams[sequence.request_id]
+                is_end = isinstance(event, Finished)
+                self._intake.leave(sequence, len(sequence.output_token_ids) if is_end else None)
+            stream.push(event)
 
 
 def _settle(asked: "asyncio.Future[None]", error: Exception | None) -> None:

@@ -1,141 +1,185 @@
-"""From logits to tokens: every row with its own parameters and its own random stream.
+"""From logits to tokens: penalties, greedy rows or draws, logprobs; drafts confirmed or not.
 
-A row draws one uniform number a token, a hash of its seed and of how many tokens it has; the token
-is where the cumulated probabilities pass it. So a seed gives the same tokens whatever else is in
-the batch. Filters apply in transformers' order: penalties, temperature, top_k, top_p, min_p.
+A row with drafts (prompt lookup, see speculation.py) has logits after its own last token and after
+each of them. At every such place a token is drawn just as without drafts: from the same
+distribution, given the drafts before it, with the same uniform number of the row's stream. It
+counts as long as those before it equal the drafts that they were computed upon. So the output is
+token for token what it is without drafts, up to the order of float sums, greedy or drawn: the
+drafts decide only how many tokens come of a step. That is the deterministic case of Leviathan et
+al. 2023, in which accepting with probability min(1, p / q) and drawing again from what is left of p
+comes to drawing from p and comparing.
 """
 
-from collections import Counter
+import math
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from loraplex.engine.scheduler import Drawn, Sampled
-from loraplex.engine.sequence import Logprobs, SamplingParams, Sequence
-
-CANDIDATES = 256
-"""So many most likely tokens are sorted at first; a row that needs more gets a full sort."""
-
-MIN_TEMPERATURE = 1e-30
-"""Below, the most likely token alone is left anyway."""
+from loraplex.engine.draw import argmax, draw
+from loraplex.engine.scheduler import Drawn, Sampled, Scheduled
+from loraplex.engine.sequence import Logprobs, Sequence, TokenCounts
 
 
-def sample(logits: Tensor, sequences: Seq[Sequence]) -> list[Drawn]:
-    """One token a row, none where it is not finite. logits fp32 [rows, vocab], overwritten."""
-    finite = torch.isfinite(logits.amax(dim=-1) - logits.amin(dim=-1)).tolist()
-    raw = {
-        row: _logprobs(logits[row])
-        for row, sequence in enumerate(sequences)
-        if sequence.sampling.num_logprobs is not None
-    }
-    for row, sequence in enumerate(sequences):
-        _constrain(logits[row], sequence)
-    tokens = logits.argmax(dim=-1).tolist()
-    for row, sequence in enumerate(sequences):
-        if finite[row] and sequence.sampling.temperature > 0:
-            position = len(sequence.output_token_ids)
-            tokens[row] = draw(logits[row], sequence.sampling, position)
-    return [
-        (Sampled(token, _chosen(raw.get(row), token, sequence.sampling.num_logprobs)),)
-        if finite[row]
-        else ()
-        for row, (token, sequence) in enumerate(zip(tokens, sequences, strict=True))
+class _Line(NamedTuple):
+    """One row of logits."""
+
+    sequence: Sequence
+    num_ahead: int  # so many drafts stand before it
+
+    @property
+    def position(self) -> int:
+        """Of the token to draw, in the output."""
+        return len(self.sequence.output_token_ids) + self.num_ahead
+
+
+def sample(logits: Tensor, rows: Seq[Scheduled]) -> list[Drawn]:
+    """What is drawn for each row, which all sample; nothing where a row is not finite.
+
+    logits fp32 [sum of 1 + drafts over the rows, vocab], overwritten.
+    """
+    if not rows:
+        return []
+    if not rows:
+        return []
+    lines = [_Line(row.sequence, ahead) for row in rows for ahead in range(1 + len(row.drafts))]
+    sums = logits.sum(dim=-1)  # not finite where a logit is not
+    asking = [at for at, line in enumerate(lines) if _num_logprobs(line) is not None]
+    raw = torch.log_softmax(logits[asking], dim=-1) if asking else None
+    _constrain(logits, rows, lines)
+    tokens = _choose(logits, lines)
+    logprobs = {} if raw is None else _logprobs(raw, tokens[asking], asking, lines)
+    sampled = [
+        Sampled(token, logprobs.get(at)) if math.isfinite(total) else None
+        for at, (token, total) in enumerate(zip(tokens.tolist(), sums.tolist(), strict=True))
     ]
+    drawn, at = [], 0
+    for row in rows:
+        drawn.append(_confirmed(sampled[at : at + 1 + len(row.drafts)], row.drafts))
+        at += 1 + len(row.drafts)
+    return drawn
 
 
-def _constrain(logits: Tensor, sequence: Sequence) -> None:
-    """Penalties, and no stop token before min_tokens; in place, for one row."""
-    if sequence.sampling.has_penalties:
-        _penalize(logits, sequence)
-    stops = sequence.stop.stop_token_ids
-    # A request may name the whole vocabulary; then there is no other token to draw.
-    if len(sequence.output_token_ids) < sequence.stop.min_tokens and len(stops) < len(logits):
-        logits[list(stops)] = -torch.inf
+def _confirmed(sampled: Seq[Sampled | None], drafts: Seq[int]) -> Drawn:
+    """As many as were computed upon tokens that were drawn."""
+    taken: list[Sampled] = []
+    for at, one in enumerate(sampled):
+        if one is None:
+            break
+        taken.append(one)
+        if at < len(drafts) and one.token_id != drafts[at]:
+            break
+    return tuple(taken)
 
 
-def _penalize(logits: Tensor, sequence: Sequence) -> None:
+def _choose(logits: Tensor, lines: Seq[_Line]) -> Tensor:
+    """int64 [lines]."""
+    drawing = [at for at, line in enumerate(lines) if line.sequence.sampling.temperature > 0]
+    params = [lines[at].sequence.sampling for at in drawing]
+    positions = [lines[at].position for at in drawing]
+    if len(drawing) == len(lines):
+        return draw(logits, params, positions)
+    tokens = argmax(logits)
+    if drawing:
+        tokens[drawing] = draw(logits[drawing], params, positions)
+    return tokens
+
+
+# Penalties, and no stop token before min_tokens.
+
+
+@dataclass(slots=True)
+class _Penalised:
+    """The logits that penalties change, and by how much; a list's entry is one line's."""
+
+    tokens: list[Tensor] = field(default_factory=list)  # int64, places in all logits
+    counts: list[Tensor] = field(default_factory=list)  # fp32, how often in the output
+    penalties: list[tuple[float, float, float]] = field(default_factory=list)
+
+
+def _constrain(logits: Tensor, rows: Seq[Scheduled], lines: Seq[_Line]) -> None:
+    """In place."""
+    penalised, vocab, start = _Penalised(), logits.shape[-1], 0
+    for row in rows:
+        if row.sequence.sampling.has_penalties:
+            _collect(row, start * vocab, vocab, penalised)
+        start += 1 + len(row.drafts)
+    if penalised.tokens:
+        _penalize(logits.view(-1), penalised)
+    forbidden = [
+        at * vocab + token
+        for at, line in enumerate(lines)
+        # A request may name the whole vocabulary; then there is no other token to draw.
+        if line.position < (stop := line.sequence.stop).min_tokens
+        and len(stop.stop_token_ids) < vocab
+        for token in stop.stop_token_ids
+    ]
+    if forbidden:
+        logits.view(-1)[torch.tensor(forbidden, device=logits.device)] = -torch.inf
+
+
+def _collect(row: Scheduled, place: int, vocab: int, penalised: _Penalised) -> None:
+    """For each of the row's lines, whose logits begin at `place` and follow one another."""
+    counts, params = _counts_of(row.sequence), row.sequence.sampling
+    sizes = []
+    for ahead in range(1 + len(row.drafts)):
+        penalised.tokens.append(torch.frombuffer(counts.tokens, dtype=torch.int64) + place)
+        penalised.counts.append(torch.frombuffer(counts.counts, dtype=torch.float32).clone())
+        penalised.penalties.append(
+            (params.repetition_penalty, params.presence_penalty, params.frequency_penalty)
+        )
+        place += vocab
+        if ahead < len(row.drafts):
+            sizes.append(len(counts.tokens))
+            counts.push(row.drafts[ahead])
+    for draft, size in zip(reversed(row.drafts), reversed(sizes), strict=True):
+        counts.pop(draft, size)
+
+
+def _counts_of(sequence: Sequence) -> TokenCounts:
+    """Of all its tokens so far."""
+    if sequence.token_counts is None:
+        sequence.token_counts = TokenCounts(sequence.prompt_token_ids)
+    for token in sequence.output_token_ids[sequence.token_counts.num_output :]:
+        sequence.token_counts.push(token)
+    return sequence.token_counts
+
+
+def _penalize(logits: Tensor, penalised: _Penalised) -> None:
     """Repetition (Keskar et al. 2019) over prompt and output; the others over the output."""
-    params, output = sequence.sampling, sequence.output_token_ids
-    if params.repetition_penalty != 1.0:
-        seen = torch.tensor(sorted({*sequence.prompt_token_ids, *output}), device=logits.device)
-        scores = logits[seen]
-        factor = params.repetition_penalty
-        largest = torch.finfo(scores.dtype).max
-        scores = torch.where(scores > 0, scores / factor, scores * factor)
-        logits[seen] = scores.clamp(-largest, largest)
-    if output and (params.presence_penalty or params.frequency_penalty):
-        counted = Counter(output)
-        seen = torch.tensor(list(counted), device=logits.device)
-        counts = torch.tensor(list(counted.values()), device=logits.device)
-        logits[seen] -= params.presence_penalty + params.frequency_penalty * counts
+    sizes = torch.tensor([len(tokens) for tokens in penalised.tokens])
+    of_line = torch.tensor(penalised.penalties, dtype=torch.float32)
+    repetition, presence, frequency = of_line.repeat_interleave(sizes, dim=0).to(logits.device).T
+    places = torch.cat(penalised.tokens).to(logits.device)
+    counts = torch.cat(penalised.counts).to(logits.device)
+    scores = logits[places]
+    largest = torch.finfo(scores.dtype).max
+    scores = torch.where(scores > 0, scores / repetition, scores * repetition)
+    scores.clamp_(-largest, largest)
+    logits[places] = scores - (presence * (counts > 0) + frequency * counts)
 
 
-def draw(logits: Tensor, params: SamplingParams, position: int) -> int:
-    """A token from one row of penalised logits, the row's `position`-th draw."""
-    # At most 0, and a divisor whose reciprocal is finite: nothing overflows.
-    scaled = (logits - logits.max()) / max(params.temperature, MIN_TEMPERATURE)
-    uniform = uniform_at(params.seed, position)
-    if params.top_k == 0 and params.top_p >= 1.0:
-        probabilities = torch.softmax(scaled, dim=-1)
-        return _pick(_drop_unlikely(probabilities, params.min_p), uniform)
-    probabilities, tokens = _most_likely(scaled, params)
-    return int(tokens[_pick(_drop_unlikely(probabilities, params.min_p), uniform)])
+# Logprobs.
 
 
-def _most_likely(scaled: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
-    """The tokens that top_k and top_p leave, most likely first, and their probabilities."""
-    vocab = scaled.shape[-1]
-    keep = min(params.top_k or vocab, vocab)
-    count = min(max(CANDIDATES, params.top_k), vocab)
-    total = torch.logsumexp(scaled, dim=-1)
-    while True:
-        values, tokens = scaled.topk(count)
-        values, tokens = values[:keep], tokens[:keep]
-        if keep <= count:
-            total = torch.logsumexp(values, dim=-1)  # top_p is over what top_k leaves
-        probabilities = torch.exp(values - total)
-        before = probabilities.cumsum(-1) - probabilities
-        inside = before < params.top_p
-        if keep <= count or not bool(inside[-1]):
-            return probabilities[inside], tokens[inside]
-        count = vocab
+def _logprobs(
+    raw: Tensor, tokens: Tensor, asking: Seq[int], lines: Seq[_Line]
+) -> Mapping[int, Logprobs]:
+    """By line, of the tokens drawn there. raw fp32 [asking, vocab], tokens int64 [asking]."""
+    chosen = raw.gather(1, tokens[:, None])[:, 0].tolist()
+    counts = [_num_logprobs(lines[at]) or 0 for at in asking]
+    tops = [() if count == 0 else _top(raw[row], count) for row, count in enumerate(counts)]
+    entries = map(Logprobs, chosen, tops)
+    return dict(zip(asking, entries, strict=True))
 
 
-def _drop_unlikely(probabilities: Tensor, min_p: float) -> Tensor:
-    """Zero what is less likely than min_p times the most likely token."""
-    if min_p <= 0.0:
-        return probabilities
-    return probabilities.where(probabilities >= min_p * probabilities.max(), 0.0)
+def _top(raw: Tensor, count: int) -> tuple[tuple[int, float], ...]:
+    values, tokens = raw.topk(count)
+    return tuple(zip(tokens.tolist(), values.tolist(), strict=True))
 
 
-def _pick(probabilities: Tensor, uniform: float) -> int:
-    """The index at which the cumulated, renormalised probabilities pass `uniform`."""
-    cumulated = probabilities.double().cumsum(-1)
-    index = int(torch.searchsorted(cumulated, uniform * cumulated[-1], right=True))
-    last = int(probabilities.nonzero()[-1])
-    return min(index, last)
-
-
-def uniform_at(seed: int, position: int) -> float:
-    """A number in [0, 1) from SplitMix64 (Steele et al. 2014) of seed and position."""
-    mask = (1 << 64) - 1
-    z = (seed + (position + 1) * 0x9E3779B97F4A7C15) & mask
-    for _ in range(2):  # twice, so that neighbouring seeds and positions do not line up
-        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
-        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
-        z ^= z >> 31
-        z = (z + seed) & mask
-    return (z >> 11) / (1 << 53)
-
-
-def _logprobs(logits: Tensor) -> Tensor:
-    return torch.log_softmax(logits, dim=-1)
-
-
-def _chosen(logprobs: Tensor | None, token: int, num_top: int | None) -> Logprobs | None:
-    if logprobs is None or num_top is None:
-        return None
-    values, tokens = logprobs.topk(num_top)
-    top = tuple(zip(tokens.tolist(), values.tolist(), strict=True))
-    return Logprobs(float(logprobs[token]), top)
+def _num_logprobs(line: _Line) -> int | None:
+    return line.sequence.sampling.num_logprobs

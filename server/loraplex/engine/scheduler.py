@@ -1,14 +1,20 @@
 """Who runs in the next step, with how many tokens, and who gets memory. Pure: no device, no clock.
 
-A step is a list of `Scheduled` rows. Running sequences come first (one token each when decoding, a
-chunk of the prompt otherwise), then new ones are admitted in order of arrival, all under one budget
-of tokens. A sequence is admitted with blocks for all its tokens so far, and only when its adapters
-are resident. One whose adapter is on its way is passed over; one that waits for memory holds back
-those behind it, so that nobody starves. Memory that is missing comes from:
+A step is a list of `Scheduled` rows. Streams come first, one token each. Then new sequences are
+admitted, with blocks for all their tokens so far, and only when their adapters are resident. What
+`Pace` leaves of the budget goes to prompts, in chunks, divided evenly among clients.
 
-    idle adapters       the least recently used first, those that somebody waits for last; for one
-                        who waits, none that somebody before it in the queue asks for
-    the newest running  goes back to the head of the queue; only for those that run already
+    priority       the higher goes first in everything, and never the other way round
+    fair share     of one priority the client that was served least: see `fair_share`
+    by adapter     where clients were served about the same, those whose adapters run already, then
+                   those whose adapters are resident: fewer bytes are read in a step
+
+One whose adapter is on its way is passed over. One that waits for memory is too, by as many as
+there are places; then it holds back those behind it, so that nobody starves. Memory that is missing
+comes from what is idle in the pool (for one who waits, never what somebody before it asks for), and
+for those that run already from the last of the running: see `displacement`, which also says whose
+place one that waits may have. Those who had to give way are the next of their clients, and compute
+their KV anew.
 
 So a sequence can lose its adapter to the running ones before it starts; then nobody overtakes it
 any more. Adapters are read from disk for all who wait, from the moment they arrive (`Step.wanted`),
@@ -16,120 +22,67 @@ and copied ahead for those who wait only for a place among the running.
 """
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Iterable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
 from itertools import islice
 
-from loraplex.adapters.pool import AdapterPool, Bind, Load, Room
+from loraplex.adapters.pool import AdapterPool
+from loraplex.engine.admission import GROUPED, Admission
 from loraplex.engine.arena import Arena
-from loraplex.engine.kv_memory import KVMemory
-from loraplex.engine.sequence import FinishReason, Logprobs, Phase, Sequence
-from loraplex.engine.waiting import WaitingQueue
+from loraplex.engine.displacement import Places
+from loraplex.engine.fitting import SizeOf, out_of_memory
+from loraplex.engine.pace import Pace
+from loraplex.engine.prefill import split
+from loraplex.engine.roster import Plan, Roster, SchedulerConfig, needs
+from loraplex.engine.sequence import Client, FinishReason, Phase, Sequence
+from loraplex.engine.speculation import Speculator
+from loraplex.engine.step import Drawn, Outcome, Sampled, Scheduled, Step, load_of
 from loraplex.errors import RequestError
 
-NO_ROOM = Room(0, 0)
+__all__ = ["Drawn", "Outcome", "Sampled", "Scheduled", "Scheduler", "SchedulerConfig", "Step"]
 
-RETRY_SECONDS = 30.0
-"""So long, about, until it is worth trying again what pins leave no room for: people unpin."""
-
-SizeOf = Callable[[str], int | None]
-"""Blocks of a version that lies in host memory, ready to be copied; None: it does not."""
-
-
-@dataclass(frozen=True, slots=True)
-class SchedulerConfig:
-    """Limits of one step and of the queue."""
-
-    block_tokens: int  # tokens whose KV fits one block
-    max_running: int
-    max_step_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class Scheduled:
-    """Tokens `start..start + num_tokens` of one sequence, in one step; its drafts among them."""
-
-    sequence: Sequence
-    start: int
-    num_tokens: int
-    samples: bool  # it reaches the sequence's last token, so that new ones are drawn
-    drafts: tuple[int, ...] = ()  # guesses at the tokens that come next, to be confirmed
-
-
-@dataclass(frozen=True, slots=True)
-class Sampled:
-    """A token that the model drew."""
-
-    token_id: int
-    logprobs: Logprobs | None = None
-
-
-Drawn = tuple[Sampled, ...]
-"""For one row that samples: the next token, and one more for each draft that was confirmed.
-
-Empty: its logits were not finite."""
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One decision of the scheduler, and the work it gives others."""
-
-    rows: tuple[Scheduled, ...]  # ordered by (decode first, slot)
-    binds: tuple[Bind, ...] = ()  # blends that got a slot; the rows count on it
-    loads: tuple[Load, ...] = ()  # adapters that got room and must be copied there
-    wanted: tuple[str, ...] = ()  # adapters to be read from disk, the most wanted first
-    num_urgent: int = 0  # so many of them come first: pinned, or the first in the queue's
-    failed: tuple[tuple[Sequence, RequestError], ...] = ()  # could never run
-    num_preempted: int = 0
-    num_evicted: int = 0  # adapters that made room
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What a step did to one sequence that sampled."""
-
-    sequence: Sequence
-    drawn: Drawn  # those that were appended; none: its logits were not finite
-    finish: FinishReason | None
-
-
-@dataclass(slots=True)
-class _Draft:
-    """A step while it is being decided."""
-
-    size_of: SizeOf
-    now: float
-    budget: int
-    rows: list[Scheduled] = field(default_factory=list)
-    binds: list[Bind] = field(default_factory=list)
-    loads: list[Load] = field(default_factory=list)
-    failed: list[tuple[Sequence, RequestError]] = field(default_factory=list)
-    num_preempted: int = 0
+MAX_WEIGHT = 4.0
+"""So many times the usual part of a step prompts may have, where no stream of others waits."""
 
 
 class Scheduler:
-    """Mutable: `waiting`, and `running` in order of admission."""
+    """Mutable: the books, which are the roster's, and the pace as it learns."""
 
-    def __init__(self, arena: Arena, pool: AdapterPool, config: SchedulerConfig) -> None:
+    def __init__(
+        self,
+        arena: Arena,
+        pool: AdapterPool,
+        config: SchedulerConfig,
+        pace: Pace | None = None,
+        speculator: Speculator | None = None,
+    ) -> None:
+        """`pace`: bounds the prompts beside streams by time; None: by `max_step_tokens` alone.
+
+        `speculator`: adds drafts to rows of streams; None: there are none.
+        """
         self.arena = arena
         self.pool = pool
         self.config = config
-        self.kv = KVMemory(arena, pool, config.block_tokens)
-        self.waiting = WaitingQueue()
-        self.running: list[Sequence] = []
-        pool.awaited = self.waiting.versions
+        self.pace = pace
+        self.speculator = speculator
+        self.roster = Roster(pool, config)
+        self.kv = self.roster.kv
+        self.waiting = self.roster.waiting
+        self.running = self.roster.running
+        self._admission = Admission(self.roster)
 
     def add(self, sequence: Sequence) -> None:
-        self.waiting.add(sequence)
-        if sequence.digest is not None and self._has_adapters(sequence):
-            sequence.adapter_ready_at = sequence.submitted_at
+        self.roster.add(sequence)
+
+    def abort(self, sequence: Sequence) -> None:
+        """Take a sequence out wherever it stands, and everything it held back. Idempotent."""
+        self.roster.abort(sequence)
 
     def loaded(self, version: str, now: float) -> None:
         """An adapter that was on its way is there."""
         self.pool.loaded(version)
         for sequence in self.waiting.needing(version):
-            if sequence.adapter_ready_at is None and self._has_adapters(sequence):
+            if sequence.adapter_ready_at is None and self.roster.has_adapters(sequence):
                 sequence.adapter_ready_at = now
 
     def is_awaited(self, version: str) -> bool:
@@ -144,37 +97,31 @@ class Scheduler:
         absent = [version for version in self.waiting.versions if self.pool.get(version) is None]
         return list(dict.fromkeys([*self.pool.missing_pins, *absent]))
 
-    def abort(self, sequence: Sequence) -> None:
-        """Take a sequence out wherever it stands, and everything it held back."""
-        if sequence.phase is Phase.WAITING:
-            self.waiting.remove(sequence)
-        elif sequence.phase is Phase.RUNNING:
-            self.running.remove(sequence)
-            self._release(sequence)
-        sequence.phase = Phase.FINISHED
-
     def schedule(self, size_of: SizeOf, now: float) -> Step:
         """Decide the next step."""
-        draft = _Draft(size_of, now, self.config.max_step_tokens)
         num_evicted = self.pool.num_evicted
-        for sequence in sorted(self.running, key=_is_prefilling):
-            if sequence.phase is Phase.RUNNING:  # not preempted for one before it
-                self._continue(sequence, draft)
-        if not draft.num_preempted and self._load_pinned(draft):
-            self._admit(draft)
+        plan = self._begin(size_of, now)
+        if self.waiting and not self.pool.missing_pins:
+            self._displace(plan)
+        self._stream(plan)
+        if not plan.num_preempted and self._admission.load_pinned(plan):
+            self._admission.admit(plan)
+        self._prefill(plan)
         if self.pool.num_evicted > num_evicted:
-            self._wait_anew()
-        rows = [row for row in draft.rows if row.sequence.phase is Phase.RUNNING]
+            self._admission.wait_anew()
+        rows = [row for row in plan.rows if row.sequence.phase is Phase.RUNNING]
+        if self.speculator is not None:
+            rows = self.speculator.extend(rows, plan.budget, len(self.running), self.kv)
         rows.sort(key=_row_order)
-        urgent, others = self._wanted(size_of)
+        urgent, others = self._admission.wanted(plan)
         return Step(
             rows=tuple(rows),
-            binds=tuple(draft.binds),
-            loads=tuple(draft.loads),
+            binds=tuple(plan.binds),
+            loads=tuple(plan.loads),
             wanted=(*urgent, *others),
             num_urgent=len(urgent),
-            failed=tuple(draft.failed),
-            num_preempted=draft.num_preempted,
+            failed=tuple(plan.failed),
+            num_preempted=plan.num_preempted + plan.num_displaced,
             num_evicted=self.pool.num_evicted - num_evicted,
         )
 
@@ -183,25 +130,28 @@ class Scheduler:
         outcomes = []
         draws = iter(drawn)
         for row in step.rows:
+            sequence = row.sequence
             tokens = next(draws) if row.samples else ()
-            num_rejected = 1 + len(row.drafts) - max(1, len(tokens))
-            row.sequence.num_computed = row.start + row.num_tokens - num_rejected
-            self.kv.commit(row.sequence)
+            num_confirmed = max(1, len(tokens)) - 1
+            num_rejected = len(row.drafts) - num_confirmed
+            if row.drafts and self.speculator is not None:
+                self.speculator.learn(row, num_confirmed)
+            sequence.num_computed = row.start + row.num_tokens - num_rejected
+            self.kv.commit(sequence)
+            self._charge(row, len(tokens))
             if row.samples:
-                outcomes.append(self._take(row.sequence, tokens, now))
+                outcomes.append(self._take(sequence, tokens, now))
         return outcomes
 
+    def learn(self, step: Step, seconds: float) -> None:
+        """A step's forward pass took so long."""
+        if self.pace is not None:
+            self.pace.learn(load_of(step.rows), seconds)
+        if self.speculator is not None:
+            self.speculator.timed(step.rows, seconds)
+
     def check_integrity(self) -> None:
-        self.arena.check_integrity()
-        self.pool.check_integrity()
-        self.kv.check_integrity(self.running)
-        self.waiting.check_integrity()
-        uses = Counter(digest for sequence in self.running for digest in _needs(sequence))
-        assert uses == self.pool.references(), "references and running sequences disagree"
-        for sequence in self.waiting:
-            assert sequence.phase is Phase.WAITING, "one that does not wait is in the queue"
-            assert not sequence.block_table, "one that waits holds blocks"
-            assert sequence.slot is None, "one that waits holds a slot"
+        self.roster.check_integrity()
 
     def __repr__(self) -> str:
         running = ", ".join(f"{s.request_id}:{s.num_computed}" for s in self.running)
@@ -210,34 +160,126 @@ class Scheduler:
 
     # Those that run.
 
-    def _continue(self, sequence: Sequence, draft: _Draft) -> None:
-        num_tokens = min(sequence.num_tokens - sequence.num_computed, draft.budget)
-        if num_tokens == 0:
-            return
-        if not self._grow(sequence, sequence.num_computed + num_tokens, draft):
-            return
-        self._schedule(sequence, num_tokens, draft)
+    def _begin(self, size_of: SizeOf, now: float) -> Plan:
+        held = Counter(sequence.client for sequence in self.running)
+        places = Places(self.roster.fair, held, Counter())
+        plan = Plan(size_of, now, places, self.config.max_step_tokens)
+        for sequence in list(self.waiting.late(now)):
+            plan.failed.append((sequence, _too_late()))
+            self.abort(sequence)
+        for sequence in self.running:
+            if _is_prefilling(sequence):
+                self.kv.catch_up(sequence)
+                plan.prefill(sequence)
+        return plan
 
-    def _schedule(self, sequence: Sequence, num_tokens: int, draft: _Draft) -> None:
+    def _displace(self, plan: Plan) -> None:
+        """Have one that runs give way to the first of those who wait, where that one may ask it."""
+        least = min(map(plan.places.served, self.waiting.clients))
+        priority = self.waiting.priority
+        assert priority is not None, "nobody asks"
+        if not plan.places.may_any_displace(priority, self.running, least):
+            return
+        asking = self._first_ready(plan)
+        if asking is None or not self._admission.may_start(asking, plan):
+            return
+        candidates = [s for s in self.running if plan.places.may_displace(asking, s)]
+        if not candidates:
+            return
+        if not self.roster.is_full:
+            missing = self.kv.blocks_for(asking.num_tokens) - self.pool.room(needs(asking)).blocks
+            if not 0 < missing <= sum(len(s.block_table) for s in candidates):
+                return
+        last = plan.places.last(candidates)
+        last.num_displaced += last.priority == asking.priority
+        self.roster.preempt(last, plan)
+        plan.num_displaced += 1
+        plan.asking = asking
+
+    def _first_ready(self, plan: Plan) -> Sequence | None:
+        """The first that waits for a place or for memory alone, among as many as places."""
+        waiting = islice(self._admission.in_order(plan), self.config.max_running)
+        return next((sequence for sequence in waiting if self.roster.has_adapters(sequence)), None)
+
+    def _stream(self, plan: Plan) -> None:
+        """A token for each stream; those that would give way first come last."""
+        streams = [sequence for sequence in self.running if sequence not in plan.prefilling]
+        if self.arena.num_free < len(streams) or plan.budget < len(streams):  # else all get theirs
+            streams.sort(key=lambda s: (-s.priority, plan.places.served(s.client)))
+        for sequence in streams:
+            if sequence.phase is Phase.RUNNING:  # not preempted for one before it
+                self._continue(sequence, 1, plan)
+        if plan.rows and self.pace is not None:
+            plan.budget = min(plan.budget, self._paced(self.pace, plan))
+
+    def _paced(self, pace: Pace, plan: Plan) -> int:
+        """Prompt tokens beside the streams.
+
+        More where the prompts have the higher priority; and where no stream waits for another
+        client's prompts, and those who wait for their first token are more than the streams.
+        """
+        streams = [row.sequence for row in plan.rows]
+        context = sum(row.start + row.num_tokens for row in plan.rows)
+        position = max((s.num_computed for s in plan.prefilling), default=0)
+        num_free = self.config.max_running - len(self.running)
+        num_first = len(plan.prefilling) + min(len(self.waiting), num_free)
+        clients = self.waiting.clients | {sequence.client for sequence in plan.prefilling}
+        weight = 1.0
+        if num_first > len(streams) and clients.issuperset(s.client for s in streams):
+            weight = min(MAX_WEIGHT, num_first / len(streams))
+        top = max(sequence.priority for sequence in streams)
+        if any(sequence.priority > top for sequence in plan.prefilling):
+            weight = MAX_WEIGHT
+        return pace.budget(len(streams), context, position, weight)
+
+    def _continue(self, sequence: Sequence, num_tokens: int, plan: Plan) -> None:
+        num_tokens = min(num_tokens, plan.budget)
+        if num_tokens and self._grow(sequence, sequence.num_computed + num_tokens, plan):
+            self._schedule(sequence, num_tokens, plan)
+
+    def _schedule(self, sequence: Sequence, num_tokens: int, plan: Plan) -> None:
         start = sequence.num_computed
         samples = start + num_tokens == sequence.num_tokens
-        draft.rows.append(Scheduled(sequence, start, num_tokens, samples))
-        draft.budget -= num_tokens
+        plan.rows.append(Scheduled(sequence, start, num_tokens, samples))
+        plan.budget -= num_tokens
 
-    def _grow(self, sequence: Sequence, num_tokens: int, draft: _Draft) -> bool:
-        """Blocks for `num_tokens` of a running sequence: idle adapters go, then the newest one.
+    def _prefill(self, plan: Plan) -> None:
+        """What is left of the budget, for prompts; of one client the first come goes first."""
+        groups: dict[int, dict[Client, list[Sequence]]] = {}
+        for sequence in plan.prefilling:
+            if sequence.phase is Phase.RUNNING:
+                clients = groups.setdefault(sequence.priority, {})
+                clients.setdefault(sequence.client, []).append(sequence)
+        for priority in sorted(groups, reverse=True):
+            clients = groups[priority]
+            counters = self.roster.fair.counters
+            order = sorted(clients, key=counters.__getitem__)
+            needs = [
+                sum(s.num_tokens - s.num_computed for s in clients[client]) for client in order
+            ]
+            alike = counters[order[0]] + GROUPED
+            num_first = sum(counters[client] < alike for client in order)
+            for client, grant in zip(order, split(plan.budget, needs, num_first), strict=True):
+                for sequence in clients[client]:
+                    assert sequence.phase is Phase.RUNNING, "it has had its blocks from the start"
+                    num_tokens = min(grant, sequence.num_tokens - sequence.num_computed)
+                    self._continue(sequence, num_tokens, plan)
+                    grant -= num_tokens
+
+    def _grow(self, sequence: Sequence, num_tokens: int, plan: Plan) -> bool:
+        """Blocks for `num_tokens` of a running sequence: what is idle goes, then the last one.
 
         One that runs alone fails, unless an adapter on its way holds what it could have later.
         """
         while (evicted := self.kv.grow(sequence, num_tokens)) is None:
-            newest = self.running[-1]
             if len(self.running) == 1 and not self.pool.is_loading:
-                draft.failed.append((sequence, _out_of_memory()))
+                plan.failed.append((sequence, out_of_memory()))
                 self.abort(sequence)
                 return False
-            self._preempt(newest)
-            draft.num_preempted += 1
-            if newest is sequence:
+            last = plan.places.last(self.running)
+            self.roster.preempt(last, plan)
+            plan.num_preempted += 1
+            if last is sequence:
                 return False
         self._hold_the_line(evicted)
         return True
@@ -247,146 +289,11 @@ class Scheduler:
             for sequence in self.waiting.needing(version):
                 sequence.is_overtakable = False
 
-    def _preempt(self, sequence: Sequence) -> None:
-        """Back to the head of the queue; its KV is computed anew when there is room."""
-        self.running.remove(sequence)
-        self._release(sequence)
-        sequence.phase = Phase.WAITING
-        self.waiting.put_back(sequence)
-
-    # Those that wait.
-
-    def _load_pinned(self, draft: _Draft) -> bool:
-        """Room for pinned adapters that are in host memory; False if one has to wait for it."""
-        return all(
-            self._load({version: num_blocks}, (), NO_ROOM, draft)
-            for version in self.pool.missing_pins
-            if (num_blocks := draft.size_of(version)) is not None
-        )
-
-    def _admit(self, draft: _Draft) -> None:
-        keep: set[str] = set()  # what those so far in the queue need
-        claimed = NO_ROOM  # and what those of them who wait for adapters will take besides
-        for sequence in tuple(self.waiting):
-            if draft.budget == 0 or len(self.running) >= self.config.max_running:
-                self._load_ahead(draft)
-                return
-            if (error := self._refusal(sequence, draft.size_of)) is not None:
-                draft.failed.append((sequence, error))
-                self.abort(sequence)
-                continue
-            keep.update(_needs(sequence))
-            if self._has_adapters(sequence):
-                if not self._start(sequence, keep, draft):
-                    return
-                self._schedule(sequence, min(sequence.num_tokens, draft.budget), draft)
-                continue
-            if not self._bring(sequence, keep, claimed, draft) or not sequence.is_overtakable:
-                return
-            claimed = self._claim(sequence, claimed)
-
-    def _load_ahead(self, draft: _Draft) -> None:
-        """Adapters of those who only wait for a place; nothing goes for it that anybody wants."""
-        claimed = NO_ROOM
-        for sequence in islice(self.waiting, self.config.max_running):
-            if not self._bring(sequence, self.waiting.versions, claimed, draft):
-                return
-            claimed = self._claim(sequence, claimed)
-
-    def _claim(self, sequence: Sequence, claimed: Room) -> Room:
-        """And what this one needs beside its adapters."""
-        num_blocks = self.kv.blocks_for(sequence.num_tokens)
-        return Room(claimed.blocks + num_blocks, claimed.slots + bool(sequence.blend))
-
-    def _bring(
-        self, sequence: Sequence, keep: Collection[str], claimed: Room, draft: _Draft
-    ) -> bool:
-        """Room for those of its adapters that can be copied; False if there is none for them."""
-        absent = {v: draft.size_of(v) for v in sequence.versions if self.pool.get(v) is None}
-        sizes = {version: size for version, size in absent.items() if size is not None}
-        return self._load(sizes, keep, claimed, draft)
-
-    def _load(
-        self, sizes: Mapping[str, int], keep: Collection[str], claimed: Room, draft: _Draft
-    ) -> bool:
-        """All of them or none; and only beside what others claim, and a block for each running one.
-
-        Else memory would fill with adapters that must go again before they are of use, or that
-        drive out what runs.
-        """
-        if not sizes:
-            return True
-        room = self.pool.room(keep)
-        blocks = len(self.running) + claimed.blocks + sum(sizes.values())
-        if blocks > room.blocks or claimed.slots + len(sizes) > room.slots:
-            return False
-        for version, num_blocks in sizes.items():
-            load = self.pool.reserve(version, num_blocks, keep)
-            assert load is not None, "room was counted that is not there"
-            draft.loads.append(load)
-        return True
-
-    def _has_adapters(self, sequence: Sequence) -> bool:
-        return all(self.pool.is_ready(version) for version in sequence.versions)
-
-    def _start(self, sequence: Sequence, keep: set[str], draft: _Draft) -> bool:
-        """Give a waiting sequence its blocks and adapter; False if there is no room."""
-        digest = sequence.digest
-        is_unbound = digest is not None and self.pool.get(digest) is None
-        if not self.kv.start(sequence, int(is_unbound), keep):
-            return False
-        if digest is not None and is_unbound:
-            bind = self.pool.bind(digest, sequence.blend, keep)
-            assert bind is not None, "room was made that is not there"
-            draft.binds.append(bind)
-        self.waiting.remove(sequence)
-        if digest is not None:
-            sequence.slot = self.pool.acquire(digest)
-        sequence.phase = Phase.RUNNING
-        self.running.append(sequence)
-        if sequence.admitted_at is None:
-            sequence.admitted_at = draft.now
-        return True
-
-    def _wanted(self, size_of: SizeOf) -> tuple[list[str], list[str]]:
-        """What must be read: for pins and the first in the queue; for others, most wanted first."""
-        wanted = self.waiting.versions
-        missing = [v for v in wanted if self.pool.get(v) is None and size_of(v) is None]
-        missing.sort(key=lambda version: -self.waiting.demand(version))
-        urgent = [version for version in self.pool.missing_pins if size_of(version) is None]
-        if missing:
-            first = next(iter(self.waiting))
-            urgent += [v for v in first.versions if v in missing and v not in urgent]
-        return urgent, [version for version in missing if version not in urgent]
-
-    def _wait_anew(self) -> None:
-        """Those who have not begun, and lost an adapter that had come for them."""
-        for sequence in self.waiting:
-            if sequence.admitted_at is None and not self._has_adapters(sequence):
-                sequence.adapter_ready_at = None
-
-    def _refusal(self, sequence: Sequence, size_of: SizeOf) -> RequestError | None:
-        """Why it never fits beside what is pinned, as far as its adapters' sizes are known."""
-        pool, versions = self.pool, sequence.versions
-        blocks = self.kv.blocks_for(sequence.num_tokens)
-        blocks += sum(pool.num_blocks_of(v) or size_of(v) or 0 for v in versions)
-        slots = len(versions) + bool(sequence.blend)
-        pinned = pool.pinned_room(but=versions)
-        num_blocks, num_slots = self.arena.num_blocks, pool.num_slots
-        if blocks > num_blocks or slots > num_slots:
-            if sequence.output_token_ids:
-                return _out_of_memory()
-            return _exceeds_slots(slots, num_slots) if slots > num_slots else _exceeds_memory()
-        if slots + pinned.slots > num_slots:
-            return _pinned_away("too few slots (--max-slots)")
-        if blocks + pinned.blocks > num_blocks:
-            return _pinned_away("too little memory (--memory)")
-        return None
-
     # Small change.
 
     def _take(self, sequence: Sequence, drawn: Drawn, now: float) -> Outcome:
         if not drawn:
+            self.kv.discard(sequence)
             self.abort(sequence)
             return Outcome(sequence, (), None)
         finish = None
@@ -406,17 +313,15 @@ class Scheduler:
             self.abort(sequence)
         return Outcome(sequence, tuple(taken), finish)
 
-    def _release(self, sequence: Sequence) -> None:
-        self.kv.release(sequence)
-        if sequence.slot is not None:
-            assert sequence.digest is not None
-            self.pool.release(sequence.digest)
-            sequence.slot = None
-
-
-def _needs(sequence: Sequence) -> set[str]:
-    """What it holds on the device while it runs: its adapters, and its blend."""
-    return set(sequence.versions) | ({sequence.digest} if sequence.digest is not None else set())
+    def _charge(self, row: Scheduled, num_output: int) -> None:
+        """What is computed anew after a preemption is not charged again."""
+        sequence = row.sequence
+        num_prompt = 0
+        if row.start < len(sequence.prompt_token_ids):
+            end = min(row.start + row.num_tokens, len(sequence.prompt_token_ids))
+            num_prompt = max(0, end - max(row.start, sequence.num_charged))
+            sequence.num_charged = max(sequence.num_charged, end)
+        self.roster.fair.charge(sequence.client, num_prompt, num_output)
 
 
 def _is_prefilling(sequence: Sequence) -> bool:
@@ -428,29 +333,5 @@ def _row_order(row: Scheduled) -> tuple[bool, int]:
     return (row.num_tokens > 1, -1 if slot is None else slot)
 
 
-def _out_of_memory() -> RequestError:
-    return RequestError(
-        "OUT_OF_MEMORY", "the memory for KV and adapters is full and nothing else can give way"
-    )
-
-
-def _pinned_away(left: str) -> RequestError:
-    return RequestError(
-        "OUT_OF_MEMORY",
-        f"the pinned adapters leave {left} for this request and its adapters",
-        retry_after=RETRY_SECONDS,
-    )
-
-
-def _exceeds_memory() -> RequestError:
-    return RequestError(
-        "EXCEEDS_KV_CAPACITY",
-        "the prompt and its adapters are larger than the memory for KV and adapters",
-    )
-
-
-def _exceeds_slots(needed: int, num_slots: int) -> RequestError:
-    return RequestError(
-        "EXCEEDS_KV_CAPACITY",
-        f"the blend takes {needed} slots, one of them its own; there are {num_slots} (--max-slots)",
-    )
+def _too_late() -> RequestError:
+    return RequestError("DEADLINE_EXCEEDED", "the deadline passed while the request waited")

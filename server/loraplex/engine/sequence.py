@@ -1,5 +1,7 @@
 """A request as the engine knows it: its parameters, its tokens, and where it stands."""
 
+from array import array
+from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from enum import Enum
@@ -90,6 +92,10 @@ class Finished:
     timings: Timings
 
 
+Client = tuple[str, str | None]
+"""Who shares the server fairly with others: a tenant, with an adapter version, a blend or none."""
+
+
 class BlendPart(NamedTuple):
     """A member of a weighted blend: `weight` times the update of adapter version `digest`."""
 
@@ -97,7 +103,38 @@ class BlendPart(NamedTuple):
     weight: float
 
 
-@dataclass(slots=True, eq=False)
+class TokenCounts:
+    """The distinct tokens of prompt and output, and how often each stands in the output.
+
+    As two parallel arrays, so that a tensor is made of them at once. Mutable: all of it.
+    """
+
+    def __init__(self, prompt: Iterable[int]) -> None:
+        self._places = {token: place for place, token in enumerate(dict.fromkeys(prompt))}
+        self.tokens = array("q", self._places)
+        self.counts = array("f", bytes(4 * len(self._places)))
+        self.num_output = 0
+
+    def push(self, token: int) -> None:
+        """One more token of the output."""
+        place = self._places.setdefault(token, len(self.tokens))
+        if place == len(self.tokens):
+            self.tokens.append(token)
+            self.counts.append(0.0)
+        self.counts[place] += 1.0
+        self.num_output += 1
+
+    def pop(self, token: int, num_distinct: int) -> None:
+        """The last one pushed goes; there were so many distinct tokens before it."""
+        self.counts[self._places[token]] -= 1.0
+        self.num_output -= 1
+        if len(self.tokens) > num_distinct:
+            del self._places[token]
+            self.tokens.pop()
+            self.counts.pop()
+
+
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Sequence:
     """One request. The first block is set at submit and never changes; the engine owns the rest."""
 
@@ -116,10 +153,15 @@ class Sequence:
     phase: Phase = Phase.WAITING
     output_token_ids: list[int] = field(default_factory=list)
     num_computed: int = 0  # tokens whose KV is in the arena
-    num_cached: int = 0  # prompt tokens whose KV was there already when it was first admitted
+    num_cached: int = 0  # prompt tokens whose KV was there already
     block_table: list[int] = field(default_factory=list)
     slot: int | None = None  # the adapter's row in the device tables, while it is held
     is_overtakable: bool = True  # False: its adapter was taken away again while it waited
+    num_overtaken: int = 0  # by so many, while it waited for memory
+    num_displaced: int = 0  # so often it gave its place to a client that had too little
+    num_charged: int = 0  # prompt tokens whose computing its client was charged for
+
+    token_counts: TokenCounts | None = None  # the sampler's, where there are penalties
 
     submitted_at: float = 0.0  # seconds, the engine's clock
     adapter_ready_at: float | None = None
@@ -132,6 +174,10 @@ class Sequence:
         if self.blend:
             return tuple(part.digest for part in self.blend)
         return () if self.digest is None else (self.digest,)
+
+    @property
+    def client(self) -> Client:
+        return (self.tenant, self.digest)
 
     @property
     def num_tokens(self) -> int:

@@ -17,7 +17,9 @@ from typing import Generic, Protocol, TypeVar
 
 from loraplex.adapters.pool import Load
 from loraplex.adapters.tiers import HostTier, Sized, Tier
-from loraplex.engine.scheduler import RETRY_SECONDS, Scheduler, Step
+from loraplex.engine.fitting import RETRY_SECONDS
+from loraplex.engine.scheduler import Scheduler
+from loraplex.engine.step import Step
 from loraplex.errors import RequestError
 
 log = logging.getLogger(__name__)

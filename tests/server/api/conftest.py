@@ -289,7 +289,7 @@ class Api:
             response_deserializer=getattr(file, method.output_type.name).FromString,
         )
 
-    def generate(self, *, timeout: float = 20, metadata: Any = None, **fields: Any) -> Any:
+    def generate(self, *, timeout: float | None = 20, metadata: Any = None, **fields: Any) -> Any:
         request = inference_pb2.GenerateRequest(**fields)
         call = self.method("InferenceService", "Generate")
         return call(request, timeout=timeout, metadata=metadata)

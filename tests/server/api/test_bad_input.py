@@ -112,10 +112,6 @@ OTHERS = [
     (stop(max_tokens=400), INVALID, "EXCEEDS_KV_CAPACITY", "stop.max_tokens"),
     ({"text": "x", "adapter_id": "nope"}, StatusCode.NOT_FOUND, "ADAPTER_NOT_FOUND", None),
     (blend(nope=1, b=1), StatusCode.NOT_FOUND, "ADAPTER_NOT_FOUND", None),
-    (
-        {"text": "x", "priority": -1},
-        *(StatusCode.UNIMPLEMENTED, "NOT_IMPLEMENTED", "priority"),
-    ),
 ]
 
 

@@ -99,6 +99,14 @@ def test_what_the_engine_is_given(serve: "Serve") -> None:
         assert full.sampling == SamplingParams(**sampling, num_logprobs=0)
         assert full.stop == StopParams(9, 2, frozenset({5}))
 
+        await collect(api.generate(text="abc", priority=-3, timeout=15))
+        urgent = api.engine.submitted[-1]
+        assert (plain.priority, urgent.priority) == (0, -3)
+        assert urgent.deadline is not None
+        assert 5 < urgent.deadline - time.monotonic() < 16
+        await collect(api.generate(text="abc", timeout=None))
+        assert api.engine.submitted[-1].deadline is None
+
     serve(scenario)
 
 

@@ -81,20 +81,29 @@ class House:
             self.host,
             self.records,
             EngineConfig(max_live, stream_limit),
-            clock=lambda: time.monotonic() + self.runner.pretended,
+            clock=self.clock,
         )
 
+    def clock(self) -> float:
+        """The engine's."""
+        return time.monotonic() + self.runner.pretended
+
     def submit(
-        self, request_id: str, prompt: list[int], max_tokens: int = 5, digest: str | None = None
+        self,
+        request_id: str,
+        prompt: list[int],
+        max_tokens: int = 5,
+        digest: str | None = None,
+        deadline: float | None = None,
     ) -> TokenStream:
         """A digest such as "a+b" is a blend."""
         stop = StopParams(max_tokens)
         name = f"my-{digest}" if digest else ""
         parts = digest.split("+") if digest and "+" in digest else []
         blend = tuple(BlendPart(version, 1 + index) for index, version in enumerate(parts))
-        return self.engine.submit(
-            Sequence(request_id, prompt, SamplingParams(), stop, digest, name, blend)
-        )
+        sequence = Sequence(request_id, prompt, SamplingParams(), stop, digest, name, blend)
+        sequence.deadline = deadline
+        return self.engine.submit(sequence)
 
     def steps_with(self, request_id: str) -> list[StepRecord]:
         return [step for step in self.records.steps if request_id in step.request_ids]

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from loraplex.adapters.pool import AdapterPool
 from loraplex.engine.arena import Arena
+from loraplex.engine.pace import Pace
 from loraplex.engine.scheduler import Outcome, Sampled, Scheduler, SchedulerConfig, Step
 from loraplex.engine.sequence import BlendPart, SamplingParams, Sequence, StopParams
 
@@ -20,20 +21,30 @@ class Rig:
         num_slots: int = 4,
         max_running: int = 8,
         max_step_tokens: int = 64,
+        pace: Pace | None = None,
     ) -> None:
         self.arena = Arena(num_blocks)
         self.pool = AdapterPool(self.arena, num_slots)
         limits = SchedulerConfig(BLOCK_TOKENS, max_running, max_step_tokens)
-        self.scheduler = Scheduler(self.arena, self.pool, limits)
+        self.scheduler = Scheduler(self.arena, self.pool, limits, pace)
         self.now = 0.0
 
     def add(
-        self, name: str, num_prompt: int, digest: str | None = None, max_tokens: int = 50
+        self,
+        name: str,
+        num_prompt: int,
+        digest: str | None = None,
+        max_tokens: int = 50,
+        *,
+        tenant: str = "",
+        priority: int = 0,
+        deadline: float | None = None,
     ) -> Sequence:
         """A digest of several letters is a blend of them."""
         stop = StopParams(max_tokens, stop_token_ids=frozenset({STOP}))
         blend = tuple(BlendPart(v, 0.5) for v in digest) if digest and len(digest) > 1 else ()
         sequence = Sequence(name, [0] * num_prompt, SamplingParams(), stop, digest, blend=blend)
+        sequence.tenant, sequence.priority, sequence.deadline = tenant, priority, deadline
         sequence.submitted_at = self.now
         self.scheduler.add(sequence)
         return sequence

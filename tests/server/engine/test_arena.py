@@ -29,6 +29,19 @@ def test_too_many_changes_nothing(taken: int, asked: int) -> None:
     arena.check_integrity()
 
 
+def test_a_block_may_turn_to_another_use() -> None:
+    arena = Arena(3)
+    blocks = arena.allocate(2, Use.KV)
+    assert blocks is not None
+    arena.turn(blocks[0], Use.CACHED)
+    assert [arena.use_of(block) for block in blocks] == [Use.CACHED, Use.KV]
+    assert repr(arena) == "Arena(3 blocks: 1 kv, 1 cached, 0 adapter, 1 free)"
+    arena.check_integrity()
+    arena.free(blocks)
+    assert (arena.count(Use.KV), arena.count(Use.CACHED), arena.use_of(blocks[0])) == (0, 0, None)
+    arena.check_integrity()
+
+
 def test_a_block_cannot_be_freed_twice() -> None:
     arena = Arena(2)
     blocks = arena.allocate(1, Use.KV)

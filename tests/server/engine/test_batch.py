@@ -114,6 +114,27 @@ def test_an_activated_adapter_acts_from_its_start_on() -> None:
     assert step.lora.segments == (Segment(2, 0, 1), Segment(2, 5, 7))
 
 
+def test_drafts_are_rows_behind_the_last_token_with_logits_of_their_own() -> None:
+    shared = memory()
+    shared.bind(2, Placed((), vocabulary=Vocabulary(head=(UPDATE,))))
+    drafting = row([60, 61, 62], [63, 64, 65], [1, 6, 2], 5, 1, slot=2, adapter_start=7)
+    rows = (ROWS[0], replace(drafting, num_tokens=4, drafts=(70, 71, 72)), ROWS[3])
+    step = build_input(rows, shared)
+    assert step.token_ids.tolist() == [14, 65, 70, 71, 72, 43, 44, 45, 46]
+    assert step.positions.tolist() == [4, 5, 6, 7, 8, 3, 4, 5, 6]
+    assert step.slot_mapping.tolist() == [8, 25, 26, 27, 8, 15, 0, 1, 2]
+    assert step.logits_rows.tolist() == [0, 1, 2, 3, 4]
+    where = step.attention
+    assert where.num_decode == 1
+    assert list(where.query_starts) == [0, 1, 5, 9]
+    assert where.query_start_table is not None
+    assert where.query_start_table.tolist() == [0, 1, 5, 9]
+    assert list(where.context_lens) == [5, 9, 7]
+    assert step.lora.segments == (Segment(2, 3, 5), Segment(1, 5, 9))
+    assert step.vocabulary is not None
+    assert step.vocabulary.segments == step.vocabulary.logits_segments == (Segment(2, 3, 5),)
+
+
 WIDE, NARROW = CutMatrix(9, 2, 9, (0,)), CutMatrix(2, 4, 2, (64,))
 UPDATE = VocabularyLora(WIDE, NARROW, 1.0)
 

@@ -103,6 +103,58 @@ async def test_a_full_queue_refuses() -> None:
 
 
 @on_a_loop
+async def test_places_in_the_queue_come_back_however_a_request_ends() -> None:
+    async with house(max_live=4, stream_limit=20) as h:
+        h.loader.instant = False
+        for _ in range(3):
+            await h.hold_a_step()
+            streams = [h.submit("ends", [1]), h.submit("sick", [SICK])]
+            h.submit("gone", [1], digest="a")
+            with pytest.raises(RequestError):
+                h.submit("one too many", [1])
+            h.engine.abort("gone")
+            h.submit("gone", [1], 1000)
+            h.gate.allow()
+            await asyncio.gather(*map(outcome, streams))
+            await h.until(lambda: h.engine.num_live == 0)  # nobody reads the last one
+
+
+@on_a_loop
+async def test_a_deadline_is_seen_at_submit_and_while_a_request_waits() -> None:
+    async with house() as h:
+        await h.hold_a_step()
+        with pytest.raises(RequestError) as error:
+            h.submit("past", [1], deadline=h.clock() - 1)
+        assert error.value.reason.name == "DEADLINE_EXCEEDED"
+        h.loader.instant = False
+        waits = h.submit("waits", [1], digest="a", deadline=h.clock() + 50)
+        runs = h.submit("runs", [1], 4)
+        h.runner.seconds = 40.0
+        h.gate.allow()
+        assert await outcome(waits) == ([], "DEADLINE_EXCEEDED")
+        assert await outcome(runs) == expected([1], 4)
+
+
+@on_a_loop
+async def test_a_deadline_that_the_queue_puts_out_of_reach_is_refused() -> None:
+    async with house(max_live=500) as h:
+        h.runner.seconds = 1.0  # pretended
+        await asyncio.gather(*(outcome(h.submit(f"r{index}", [1] * 8)) for index in range(64)))
+        await h.hold_a_step()
+        for index in range(200):
+            h.submit(f"q{index}", [1] * 8)
+        with pytest.raises(RequestError) as error:
+            h.submit("late", [1] * 8, deadline=h.clock() + 2)
+        assert error.value.reason.name == "DEADLINE_UNREACHABLE"
+        h.submit("in time", [1] * 8, deadline=h.clock() + 1000)
+        h.submit("another's turn comes soon", [1], digest="a", deadline=h.clock() + 20)
+        for request_id in [f"q{index}" for index in range(200)]:
+            h.engine.abort(request_id)
+        h.gate.allow()
+        await h.until(lambda: h.engine.num_live == 0)
+
+
+@on_a_loop
 async def test_a_slow_reader_is_let_go() -> None:
     async with house(stream_limit=4) as h:
         slow = h.submit("slow", [1], 1000)

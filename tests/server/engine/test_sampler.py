@@ -5,7 +5,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from loraplex.engine.sampler import sample, uniform_at
+from loraplex.engine.draw import uniform_at
+from loraplex.engine.sampler import sample
+from loraplex.engine.scheduler import Drawn, Scheduled
 from loraplex.engine.sequence import SamplingParams, Sequence, StopParams
 from torch import Tensor
 from transformers.generation.logits_process import (
@@ -35,8 +37,13 @@ def logits_of(vocab: int, spread: float = 3.0, seed: int = 0) -> Tensor:
     return torch.randn(vocab, generator=generator) * spread
 
 
+def draws(logits: Tensor, sequences: list[Sequence]) -> list[Drawn]:
+    rows = [Scheduled(sequence, sequence.num_tokens - 1, 1, True) for sequence in sequences]
+    return sample(logits.clone(), rows)
+
+
 def tokens(logits: Tensor, sequences: list[Sequence]) -> list[int | None]:
-    return [sampled.token_id for (sampled,) in sample(logits.clone(), sequences)]
+    return [sampled.token_id for (sampled,) in draws(logits, sequences)]
 
 
 def transformers_probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
@@ -200,7 +207,7 @@ def test_logprobs_are_of_the_raw_logits() -> None:
     raw = logits[0].double().log_softmax(-1)
     best = raw.topk(3)
     rows = [sequence(replace(params, num_logprobs=count), OUTPUT) for count in counts]
-    (full,), (chosen_only,), (none,) = sample(logits.clone(), rows)
+    (full,), (chosen_only,), (none,) = draws(logits, rows)
     assert full.logprobs is not None
     assert full.logprobs.logprob == pytest.approx(float(raw[full.token_id]), abs=1e-5)
     assert [token for token, _ in full.logprobs.top] == best.indices.tolist()
@@ -216,9 +223,45 @@ def test_logprobs_are_of_the_raw_logits() -> None:
 def test_rows_that_are_not_finite_fail_alone(bad: float, params: SamplingParams) -> None:
     logits = logits_of(300).repeat(3, 1)
     logits[1, 250] = bad
-    first, sick, last = sample(logits, [sequence(params, OUTPUT) for _ in range(3)])
+    first, sick, last = draws(logits, [sequence(params, OUTPUT) for _ in range(3)])
     assert sick == ()
     assert first[0].token_id == last[0].token_id
+
+
+@pytest.mark.parametrize(
+    ("drafts", "expected"),
+    [
+        ((4, 5, 6), [4, 5, 6, 7]),
+        ((4, 5, 9), [4, 5, 6]),
+        ((9, 5, 6), [4]),
+        ((), [4]),
+    ],
+)
+def test_drafts_count_up_to_one_that_was_not_drawn(
+    drafts: tuple[int, ...], expected: list[int]
+) -> None:
+    logits = torch.zeros(2 + len(drafts), 30)
+    for at in range(1 + len(drafts)):
+        logits[at, 4 + at] = 5.0
+    logits[-1, 20] = 5.0
+    drafting, beside = sequence(GREEDY, OUTPUT), sequence(GREEDY, OUTPUT)
+    rows = [Scheduled(drafting, 7, 1 + len(drafts), True, drafts), Scheduled(beside, 7, 1, True)]
+    first, second = sample(logits, rows)
+    assert [sampled.token_id for sampled in first] == expected
+    assert [sampled.token_id for sampled in second] == [20]
+
+
+def test_what_is_not_finite_behind_a_draft_is_left_to_its_own_step() -> None:
+    logits = torch.zeros(3, 30)
+    logits[:, 4] = 5.0
+    logits[1, 3] = math.nan
+    rows = [Scheduled(sequence(GREEDY, OUTPUT), 7, 3, True, (4, 4))]
+    ((only,),) = sample(logits, rows)
+    assert only.token_id == 4
+
+
+def test_a_step_in_which_nobody_samples() -> None:
+    assert sample(torch.zeros(0, 30), []) == []
 
 
 def test_uniform_at_is_uniform() -> None:

@@ -37,6 +37,8 @@ from loraplex.engine.sequence import (
 from loraplex.engine.supply import Supply
 from loraplex.errors import RequestError
 
+from tests.server.engine.told import Told
+
 DIGESTS = "abcdef"
 OWNERS = "xy"
 VOCAB = 50
@@ -50,6 +52,8 @@ REQUESTS = st.tuples(
     st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=12),
     st.one_of(st.none(), VERSIONS, VERSIONS, BLENDS),
     st.integers(1, 16),  # max_tokens
+    st.sampled_from([0, 0, 0, 1, -1]),  # priority
+    st.sampled_from(["", "", "t"]),  # tenant
 )
 
 Cell = tuple[int, int, int]  # what a token's KV is made of: adapter, token, position
@@ -77,14 +81,19 @@ def mark_of(digest: str) -> int:
     return int(10 ** DIGESTS.index(digest))
 
 
-def request_of(
-    request_id: str, prompt: list[int], adapter: str | dict[str, int] | None, max_tokens: int
-) -> Sequence:
+Request = tuple[list[int], str | dict[str, int] | None, int, int, str]
+
+
+def request_of(request_id: str, request: Request) -> Sequence:
+    prompt, adapter, max_tokens, priority, tenant = request
     stop = StopParams(max_tokens, stop_token_ids=frozenset({STOP}))
-    if not isinstance(adapter, dict):
-        return Sequence(request_id, prompt, SamplingParams(), stop, adapter)
-    blend = tuple(BlendPart(*part) for part in sorted(adapter.items()))
-    return Sequence(request_id, prompt, SamplingParams(), stop, f"blend {blend}", blend=blend)
+    blend: tuple[BlendPart, ...] = ()
+    if isinstance(adapter, dict):
+        blend = tuple(BlendPart(*part) for part in sorted(adapter.items()))
+        adapter = f"blend {blend}"
+    sequence = Sequence(request_id, prompt, SamplingParams(), stop, adapter, blend=blend)
+    sequence.priority, sequence.tenant = priority, tenant
+    return sequence
 
 
 def text_of(sequence: Sequence) -> list[int]:
@@ -130,11 +139,11 @@ class Device:
             total += weight * marks.pop()
         return total
 
-    def run(self, row: Scheduled) -> int:
-        """Write the row's KV, then read the whole context back."""
+    def run(self, row: Scheduled) -> Drawn:
+        """Write the row's KV, then read the whole context back: at each place that draws."""
         mark = self.mark(row.sequence.slot)
         table, end = row.sequence.block_table, row.start + row.num_tokens
-        tokens = row.sequence.token_ids(row.start, end)
+        tokens = [*row.sequence.token_ids(row.start, end), *row.drafts]
         assert len(tokens) == row.num_tokens
         for at, token in enumerate(tokens, start=row.start):
             block = table[at // self.block_tokens]
@@ -143,7 +152,12 @@ class Device:
                 cells = self.blocks[block] = [None] * self.block_tokens
             cells[at % self.block_tokens] = (mark, token, at)
         seen = [self.cell(table, at) for at in range(end)]
-        return next_token(seen)
+        drawn: list[Sampled] = []
+        for at, draft in enumerate((*row.drafts, None), start=end - len(row.drafts)):
+            drawn.append(Sampled(next_token(seen[:at])))
+            if drawn[-1].token_id != draft:
+                break
+        return tuple(drawn)
 
     def cell(self, table: list[int], at: int) -> Cell:
         cells = self.blocks[table[at // self.block_tokens]]
@@ -186,6 +200,13 @@ class Disk:
             future.set_result(None)
 
 
+def drafts_of(sequence: Sequence, num_drafts: int) -> list[int]:
+    """Right, but for every fourth token of the output."""
+    start = len(sequence.output_token_ids)
+    right = text_of(sequence)[start : start + num_drafts]
+    return [token + (at % 4 == 3) for at, token in enumerate(right, start)]
+
+
 class Quiet:
     def on_load(self, digest: str, seconds: float, error: RequestError | None) -> None: ...
 
@@ -201,6 +222,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_step_tokens=st.sampled_from([1, 3, 8, 16, 32]),
         sizes=st.lists(st.integers(1, 9), min_size=len(DIGESTS), max_size=len(DIGESTS)),
         host_blocks=st.sampled_from([0, 0, 6, 15, 100]),
+        num_drafts=st.sampled_from([0, 1, 4]),
     )
     def start(
         self,
@@ -211,12 +233,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_step_tokens: int,
         sizes: list[int],
         host_blocks: int,
+        num_drafts: int,
     ) -> None:
         self.sizes = dict(zip(DIGESTS, sizes, strict=True))
         self.arena = Arena(num_blocks)
         self.pool = AdapterPool(self.arena, num_slots)
         limits = SchedulerConfig(block_tokens, max_running, max_step_tokens)
-        self.scheduler = Scheduler(self.arena, self.pool, limits)
+        told = Told(lambda sequence: drafts_of(sequence, num_drafts))
+        self.scheduler = Scheduler(self.arena, self.pool, limits, speculator=told)
         self.device = Device(block_tokens)
         self.disk = Disk(self.sizes)
         self.host: HostTier[Packed] = HostTier(host_blocks)
@@ -238,10 +262,10 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: len(self.live) < 10)
     @rule(requests=st.lists(REQUESTS, min_size=1, max_size=4))
-    def add(self, requests: list[tuple[list[int], str | dict[str, int] | None, int]]) -> None:
-        for prompt, adapter, max_tokens in requests:
+    def add(self, requests: list[Request]) -> None:
+        for request in requests:
             self.num_added += 1
-            sequence = request_of(f"r{self.num_added}", prompt, adapter, max_tokens)
+            sequence = request_of(f"r{self.num_added}", request)
             self.live.append(sequence)
             self.scheduler.add(sequence)
 
@@ -309,9 +333,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         step = self.decide()
         sampled: list[Drawn] = []
         for row in step.rows:
-            token = self.device.run(row)
+            drawn = self.device.run(row)
             if row.samples:
-                sampled.append(() if len(sampled) < num_nan else (Sampled(token),))
+                sampled.append(() if len(sampled) < num_nan else drawn)
         self.take(step, sampled)
         return step
 
@@ -349,10 +373,17 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def check_manners(self, step: Step, queue: list[Sequence], pinned: set[str]) -> None:
         assert all(self.pool.get(version) for version in pinned), "a pinned adapter had to go"
-        waits = [sequence.phase is Phase.WAITING for sequence in queue]
+        limit = self.scheduler.config.max_running
         for index, sequence in enumerate(queue):
-            if waits[index] and not sequence.is_overtakable:
-                assert all(waits[index:]), "one that must not be overtaken was"
+            if sequence.phase is not Phase.WAITING:
+                continue
+            assert sequence.num_overtaken < 2 * limit, "overtaken without end"
+            started = [s for s in queue[index + 1 :] if s.phase is Phase.RUNNING]
+            assert all(
+                s.client != sequence.client for s in started if s.priority == sequence.priority
+            )
+            held = not sequence.is_overtakable and all(s.is_overtakable for s in queue[:index])
+            assert not held or all(s.priority == sequence.priority for s in started)
         assert list(step.wanted) == list(dict.fromkeys(step.wanted)), "wanted twice"
 
     def check_rows(self, step: Step) -> None:
@@ -363,11 +394,18 @@ class SchedulerMachine(RuleBasedStateMachine):
             (row.num_tokens > 1, -1 if (s := row.sequence.slot) is None else s) for row in rows
         ]
         assert order == sorted(order), "decode first, then by slot"
+        left = self.scheduler.config.max_step_tokens - sum(row.num_tokens for row in rows)
+        assert not left or all(row.samples for row in rows), "tokens are left, and nobody gets them"
+        running = self.scheduler.running
+        assert not left or len(rows) == len(running) or step.num_preempted, "one that runs is idle"
         for row in rows:
             assert row.num_tokens > 0
             assert row.sequence.phase is Phase.RUNNING
             assert row.start == row.sequence.num_computed
-            assert row.samples == (row.start + row.num_tokens == row.sequence.num_tokens)
+            end = row.sequence.num_tokens + len(row.drafts)
+            assert row.samples == (row.start + row.num_tokens == end)
+            limit = row.sequence.stop.max_tokens - len(row.sequence.output_token_ids)
+            assert len(row.drafts) < limit, "drafts beyond the last token"
 
     def check_failure(self, sequence: Sequence, error: RequestError) -> None:
         """Only what would not fit beside the pins fails, for the reason that is true."""

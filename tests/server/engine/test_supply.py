@@ -125,7 +125,8 @@ def test_beyond_the_budget_a_few_are_held_and_those_of_the_first_always() -> Non
     assert bench.evictions == [(Tier.HOST, 1)]
     late = bench.add("h")[0]
     bench.scheduler.waiting.remove(late)
-    bench.scheduler.waiting.put_back(late)  # as one that had to give way
+    late.priority = 1
+    bench.scheduler.waiting.add(late)
     assert next(iter(bench.scheduler.waiting)) is late
     bench.step()
     assert bench.reading == "eh"

@@ -1,0 +1,72 @@
+"""What the model of a step's time learns, and the budgets it gives."""
+
+import random
+
+import pytest
+from loraplex.engine.pace import DEFAULT_BUDGET, QUANTUM, Pace
+from loraplex.engine.step import StepLoad
+
+from tests.server.engine.simulation import Costs
+
+COSTS = Costs()
+
+
+def prefill(num_streams: int, context: int, num_tokens: int, position: int) -> StepLoad:
+    read = num_tokens * position + num_tokens * num_tokens // 2
+    return StepLoad(num_streams, context, num_tokens, read)
+
+
+def experienced(costs: Costs = COSTS, noise: float = 0.0, spikes: float = 0.0) -> Pace:
+    """Two steps with prompts, and then streams alone, of which some take far too long."""
+    source = random.Random(0)
+    pace = Pace(0.7)
+    loads = [prefill(0, 0, 512, 0), prefill(8, 512, 512, 0)]
+    loads += [StepLoad(16, 1024 + 16 * count, 0, 0) for count in range(200)]
+    for load in loads:
+        seconds = costs.of(load, 0) * (1 + abs(source.gauss(0, noise)))
+        pace.learn(load, seconds * (4 if source.random() < spikes else 1))
+    return pace
+
+
+def test_until_it_knows_enough_the_budget_is_small() -> None:
+    pace = Pace(0.7)
+    assert pace.budget(8, 1000, 0) == DEFAULT_BUDGET
+    for _ in range(100):
+        pace.learn(StepLoad(8, 1000, 0, 0), 0.01)
+    pace.learn(StepLoad(8, 1000, 0, 0), 0.0)  # no time at all teaches nothing
+    assert pace.budget(8, 1000, 0) == DEFAULT_BUDGET  # what prompts cost is not known
+
+
+@pytest.mark.parametrize(("noise", "spikes", "most"), [(0, 0, 1.7), (0.05, 0, 1.9), (0.1, 0.02, 2)])
+@pytest.mark.parametrize("scale", [0.1, 1, 10])
+def test_prompts_lengthen_a_step_by_their_share(
+    noise: float, spikes: float, most: float, scale: float
+) -> None:
+    costs = Costs(*(scale * cost for cost in (6e-3, 0.13e-3, 0.14e-3, 0.045e-6)))
+    pace, source, position, ratios = experienced(costs, noise, spikes), random.Random(1), 0, []
+    while position < 4096:
+        num_tokens = pace.budget(16, 4000, position)
+        load = prefill(16, 4000, num_tokens, position)
+        ratios.append(costs.of(load, 0) / costs.of(StepLoad(16, 4000, 0, 0), 0))
+        pace.learn(load, costs.of(load, 0) * (1 + abs(source.gauss(0, noise))))
+        position += num_tokens
+    assert sorted(ratios)[int(0.95 * len(ratios))] <= most
+    assert sum(ratios) / len(ratios) >= 1.4
+
+
+def test_budgets_are_whole_quanta_and_never_nothing() -> None:
+    pace = experienced()
+    budgets = [pace.budget(streams, 100 * streams, 0) for streams in (1, 8, 64)]
+    assert budgets == sorted(budgets)
+    assert all(budget % QUANTUM == 0 for budget in budgets)
+    assert pace.budget(8, 800, 0, weight=4.0) > 2 * pace.budget(8, 800, 0)
+    assert pace.budget(8, 800, position=10**7) == QUANTUM
+
+
+def test_costs_that_change_are_followed() -> None:
+    pace, slower = experienced(), Costs(step=12e-3, token=0.5e-3)
+    for _ in range(60):
+        pace.learn(prefill(16, 4000, 32, 0), slower.of(prefill(16, 4000, 32, 0), 0))
+        pace.learn(StepLoad(16, 4000, 0, 0), slower.of(StepLoad(16, 4000, 0, 0), 0))
+    load = prefill(16, 4000, 32, 0)
+    assert pace.seconds(load) == pytest.approx(slower.of(load, 0), rel=0.1)
