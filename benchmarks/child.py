@@ -23,12 +23,14 @@ class Child:
     It has a session of its own, so that Ctrl-C reaches the benchmark alone, which then ends it.
     """
 
-    def __init__(self, name: str, command: Sequence[str], log: Path) -> None:
+    def __init__(
+        self, name: str, command: Sequence[str], log: Path, *, python: str = sys.executable
+    ) -> None:
         self._name = name
         self._log = log
         with log.open("w") as stderr:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", *command],
+                [python, "-m", *command],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stderr,
@@ -37,6 +39,10 @@ class Child:
                 env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE"},
                 start_new_session=True,
             )
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     def read(self) -> str:
         """Its next line; BenchmarkError, with its last words, if it has ended instead."""

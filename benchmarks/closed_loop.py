@@ -104,17 +104,6 @@ class Prompts:
         return tuple(self._rng.randrange(self._vocab_size) for _ in range(self._num_tokens))
 
 
-def zipf_weights(number: int, exponent: float) -> list[float]:
-    """The n-th adapter is asked for n^exponent times less often than the first."""
-    return [1 / (rank + 1) ** exponent for rank in range(number)]
-
-
-def draws(number: int, exponent: float, count: int, seed: int) -> list[int]:
-    """So many adapters by number, Zipf distributed; exponent 0 is uniform."""
-    rng = random.Random(f"draws {seed} {number} {exponent}")
-    return rng.choices(range(number), zipf_weights(number, exponent), k=count)
-
-
 def pauses_within(answers: Iterable[Answer], windows: Sequence[tuple[float, float]]) -> list[float]:
     """Seconds of every pause between two deltas of a stream that reaches into a window."""
     return [

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from adapter_files import linears_of, weights_bytes, write_adapter
-from closed_loop import Answer, Ask, Clients, Prompts, draws
+from closed_loop import Answer, Ask, Clients, Prompts
 from command import Check, Findings, build_parser, number, progress, run_command, table
 from figures import percentile
 from lifecycle import (
@@ -31,6 +31,7 @@ from lifecycle import (
 )
 from loraplex.config import format_size
 from loraplex_client import AsyncClient
+from popularity import draws
 
 DESCRIPTION = """\
 The same requests go to two servers in turn. One has memory for all adapters, and all of them are

@@ -103,7 +103,7 @@ def run_command(parser: argparse.ArgumentParser, benchmark: Benchmark, argv: Seq
     command = shlex.join(["python", f"benchmarks/{parser.prog}", *argv])
     about = {"command": command, **environment()}
     try:
-        with _ending_children():
+        with ending_children():
             findings = benchmark(args)
     except KeyboardInterrupt:
         return 130
@@ -126,7 +126,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 @contextmanager
-def _ending_children() -> Iterator[None]:
+def ending_children() -> Iterator[None]:
     """Signals to end leave by the way on which children are ended."""
     before = {
         each: signal.signal(each, _exit_on_signal) for each in (signal.SIGTERM, signal.SIGHUP)

@@ -28,7 +28,8 @@ def first_token(timeline: Timeline) -> float:
 
 def end_to_end_rate(timelines: Sequence[Timeline]) -> float:
     """Every token of the wave, over the time from sending it to its last token."""
-    return sum(map(num_tokens, timelines)) / max(timeline[-1].seconds for timeline in timelines)
+    last = max((timeline[-1].seconds for timeline in timelines if timeline), default=0.0)
+    return sum(map(num_tokens, timelines)) / last if last else 0.0
 
 
 def decode_rate(timelines: Sequence[Timeline]) -> float | None:
@@ -59,6 +60,25 @@ def percentile(values: Sequence[float], percent: float) -> float:
     return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
 
 
+def draining_rate(timelines: Sequence[Timeline]) -> float | None:
+    """Tokens a second from the wave's first token to its last, first tokens not counted.
+
+    For systems that do not decode all requests together. What others' prefill takes is in it.
+    """
+    answered = [timeline for timeline in timelines if timeline]
+    if not answered:
+        return None
+    begin = min(timeline[0].seconds for timeline in answered)
+    end = max(timeline[-1].seconds for timeline in answered)
+    tokens = sum(num_tokens(timeline[1:]) for timeline in answered)
+    return tokens / (end - begin) if tokens and end > begin else None
+
+
+def _is_telling(timelines: Sequence[Timeline], asked: int) -> bool:
+    """Whether a wave, stopped perhaps, came far enough for a rate: an eighth of its tokens."""
+    return 8 * sum(map(num_tokens, timelines)) >= asked * len(timelines)
+
+
 @dataclass(frozen=True, slots=True)
 class Summary:
     """One system's figures for one shape, over all repeats."""
@@ -69,13 +89,25 @@ class Summary:
     end_to_end_waves: tuple[float, ...]
     first_token_median: float  # seconds, over the requests of all waves
     first_token_p90: float
+    one_by_one: bool = False  # requests did not run together: `decode` is of draining the wave
+    cut: bool = False  # a wave was stopped before its end: figures are of what came until then
 
     @classmethod
-    def of(cls, waves: Sequence[Sequence[Timeline]]) -> "Summary":
-        decode = tuple(decode_rate(wave) for wave in waves)
+    def of(cls, waves: Sequence[Sequence[Timeline]], asked: int, seconds: float) -> "Summary":
+        """`asked` tokens of each request, within that time; then a wave was stopped.
+
+        A request without a first token by then counts as one that got it then.
+        """
+        together = [decode_rate(wave) if all(wave) else None for wave in waves]
+        decode = tuple(
+            rate or (draining_rate(wave) if _is_telling(wave, asked) else None)
+            for wave, rate in zip(waves, together, strict=True)
+        )
         known = [rate for rate in decode if rate is not None]
         end_to_end = tuple(end_to_end_rate(wave) for wave in waves)
-        first_tokens = [first_token(timeline) for wave in waves for timeline in wave]
+        first_tokens = [
+            first_token(timeline) if timeline else seconds for wave in waves for timeline in wave
+        ]
         return cls(
             decode=statistics.median(known) if known else None,
             decode_waves=decode,
@@ -83,9 +115,12 @@ class Summary:
             end_to_end_waves=end_to_end,
             first_token_median=percentile(first_tokens, 50),
             first_token_p90=percentile(first_tokens, 90),
+            one_by_one=None in together,
+            cut=any(num_tokens(timeline) < asked for wave in waves for timeline in wave),
         )
 
     @property
     def spread(self) -> float:
         """How far the waves' end-to-end rates lie apart, as a part of their median."""
-        return (max(self.end_to_end_waves) - min(self.end_to_end_waves)) / self.end_to_end
+        distance = max(self.end_to_end_waves) - min(self.end_to_end_waves)
+        return distance / self.end_to_end if self.end_to_end else 0.0

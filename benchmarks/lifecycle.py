@@ -1,6 +1,6 @@
 """A server process of the benchmark's own: started with its settings, asked what it counted.
 
-Shared by stall.py, cold_start.py, many_adapters.py and mixed_ranks.py.
+Shared by all commands that start servers, through scenario.py by those about load.
 """
 
 import asyncio
@@ -35,6 +35,7 @@ class ServerSettings:
     max_running: int = 64
     memory: int | None = None  # bytes
     max_slots: int | None = None
+    speculation: str = "auto"
 
     def command(self, store: Path) -> list[str]:
         """For `Child`; where a flag is given twice, the last one counts."""
@@ -44,6 +45,7 @@ class ServerSettings:
             threads=self.threads,
             max_running=self.max_running,
             store=store,
+            speculation=self.speculation,
         )
         command += ["--metrics", "127.0.0.1:0", "--log-level", "info"]
         for flag, value in (("--memory", self.memory), ("--max-slots", self.max_slots)):
@@ -86,6 +88,7 @@ class Server:
     target: str  # HOST:PORT
     seconds_to_ready: float  # from starting the process to its ready line
     metrics_url: str
+    pid: int
 
     def counters(self) -> Counters:
         with urlopen(self.metrics_url, timeout=_SECONDS_TO_SCRAPE) as answer:
@@ -99,7 +102,8 @@ def running_server(settings: ServerSettings, store: Path, log: Path) -> Iterator
     with Child("the server", settings.command(store), log) as child:
         target = address(child)
         seconds = time.monotonic() - started
-        yield Server(target, seconds, metrics_url(log.read_text(errors="replace")))
+        metrics = metrics_url(log.read_text(errors="replace"))
+        yield Server(target, seconds, metrics, child.pid)
 
 
 def metrics_url(log: str) -> str:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from adapter_files import linears_of, write_adapter
-from closed_loop import Ask, Clients, Load, Prompts, stop, tokens_within, zipf_weights
+from closed_loop import Ask, Clients, Load, Prompts, stop, tokens_within
 from command import Check, Findings, build_parser, number, progress, run_command, table
 from lifecycle import (
     Server,
@@ -31,6 +31,7 @@ from lifecycle import (
 )
 from loraplex.adapters.store import AdapterStore
 from loraplex_client import AsyncClient
+from popularity import zipf_weights
 
 DESCRIPTION = """\
 Two servers, one with 2,000 adapters registered (ranks 4 to 16 on q and v), one with 5. In turn:

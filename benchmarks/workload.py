@@ -1,67 +1,143 @@
-"""What is asked of a server: how many requests at once, for which adapters, with which prompts."""
+"""What is asked of a server: which requests, when, for which adapters, how long.
+
+The same seed gives the same workload. Arrivals, adapters, lengths and contents are drawn each from
+a stream of its own, so that a change of one option leaves the others' draws as they are.
+"""
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import NamedTuple
 
-
-class Shape(NamedTuple):
-    """One line of the table: so many requests at once, for so many distinct adapters."""
-
-    batch: int
-    num_adapters: int  # 0: the bare base
-
-    def __str__(self) -> str:
-        return f"batch {self.batch}, {self.num_adapters} adapters"
+from arrivals import arrival_times
+from lengths import Lengths
+from popularity import Popularity
+from trace_file import TraceLine
 
 
-@dataclass(frozen=True, slots=True)
-class Wave:
-    """Requests that are sent at one moment. `prompts` and `adapters` are parallel."""
+class Request(NamedTuple):
+    """One completion, of exactly `max_tokens` tokens."""
 
-    prompts: tuple[tuple[int, ...], ...]  # token ids
-    adapters: tuple[str | None, ...]  # None: the bare base
-    max_tokens: int  # each request generates exactly so many
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.prompts) * self.max_tokens
-
-
-@dataclass(frozen=True, slots=True)
-class Workload:
-    """Makes waves of random prompts: the same seed gives the same waves."""
-
-    adapters: tuple[str, ...]  # by name
-    vocab_size: int
-    prompt_tokens: int
+    at: float  # seconds from the start at which it is due; a closed loop takes only the order
+    adapter: str | None  # None: the bare base
+    token_ids: tuple[int, ...]  # the prompt
     max_tokens: int
+    priority: int | None = None
+
+
+class PrefixScope(StrEnum):
+    """Who shares a prefix."""
+
+    ADAPTER = "adapter"  # all requests of one adapter; another adapter has another
+    ALL = "all"
+
+
+@dataclass(frozen=True, slots=True)
+class Prefix:
+    """Tokens that prompts begin with, before their own: what a prefix cache can give."""
+
+    num_tokens: int = 0
+    scope: PrefixScope = PrefixScope.ADAPTER
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """Makes up requests."""
+
+    num_requests: int
+    adapters: Sequence[str]  # by name; none: the bare base
+    popularity: Popularity
+    prompt: Lengths  # without the shared prefix
+    output: Lengths
+    prefix: Prefix
+    rate: float  # requests a second; infinite: all are due at once
+    burstiness: float
+    vocab_size: int
     seed: int
 
-    def wave(self, shape: Shape, repeat: int) -> Wave:
-        """No two requests share a prompt, so that no prefix cache has anything to give."""
-        rng = random.Random(f"{self.seed} {shape.batch} {shape.num_adapters} {repeat}")
-        prompts = tuple(
-            tuple(rng.randrange(self.vocab_size) for _ in range(self.prompt_tokens))
-            for _ in range(shape.batch)
-        )
-        return Wave(prompts, round_robin(shape, self.adapters), self.max_tokens)
+    def requests(self, part: str) -> list[Request]:
+        """Parts ("warm-up", "run 1", ...) differ only in what the prompts say.
+
+        No prompt is another's beyond the shared prefix, and no part shares one with another part:
+        a prefix cache gives in each what it gives in the first.
+        """
+        count = self.num_requests
+        due = arrival_times(count, self.rate, self.burstiness, self._rng("arrivals"))
+        prompt_lengths, output_lengths = self._rng("prompt lengths"), self._rng("output lengths")
+        prompts = Prompts(self.vocab_size, self.prefix, f"{self.seed} {part}")
+        return [
+            Request(
+                at=at,
+                adapter=adapter,
+                token_ids=prompts.prompt(adapter, self.prompt.draw(prompt_lengths)),
+                max_tokens=self.output.draw(output_lengths),
+            )
+            for at, adapter in zip(due, self._adapters(), strict=True)
+        ]
+
+    def _adapters(self) -> list[str | None]:
+        if not self.adapters:
+            return [None] * self.num_requests
+        rng = self._rng("adapters")
+        drawn = self.popularity.draw(len(self.adapters), self.num_requests, rng)
+        return [self.adapters[number] for number in drawn]
+
+    def _rng(self, stream: str) -> random.Random:
+        return random.Random(f"{stream} {self.seed}")
 
 
-def shapes(batches: Iterable[int], adapters: Iterable[int]) -> list[Shape]:
-    """The combinations that make sense: no more adapters than requests."""
-    counts = sorted(set(adapters))
-    return [Shape(batch, n) for batch in sorted(set(batches)) for n in counts if n <= batch]
+class Prompts:
+    """Random prompts. Mutable: `_rng`, and `_prefixes`, made when first asked for."""
+
+    def __init__(self, vocab_size: int, prefix: Prefix, seed: str) -> None:
+        self._tokens = range(vocab_size)
+        self._prefix = prefix
+        self._seed = seed
+        self._rng = random.Random(f"prompts {seed}")
+        self._prefixes: dict[str | None, tuple[int, ...]] = {}
+
+    def prompt(self, adapter: str | None, num_tokens: int) -> tuple[int, ...]:
+        """The prefix, and so many tokens of its own."""
+        own = self._rng.choices(self._tokens, k=num_tokens)
+        return (*self._shared(adapter), *own)
+
+    def _shared(self, adapter: str | None) -> tuple[int, ...]:
+        whose = adapter if self._prefix.scope is PrefixScope.ADAPTER else None
+        if whose not in self._prefixes:
+            rng = random.Random(f"prefix {self._seed} {whose}")
+            self._prefixes[whose] = tuple(rng.choices(self._tokens, k=self._prefix.num_tokens))
+        return self._prefixes[whose]
 
 
-def round_robin(shape: Shape, adapters: Sequence[str]) -> tuple[str | None, ...]:
-    """The first `num_adapters` adapters in turn.
-
-    As many adapters as requests: all distinct. One adapter: all identical. None: the bare base.
+def replayed(
+    lines: Sequence[TraceLine], speed: float, vocab_size: int, seed: int, part: str
+) -> list[Request]:
+    """A trace's requests, `speed` times as fast; prompts of which it says only the length are new
+    in each part.
     """
-    if shape.num_adapters == 0:
-        return (None,) * shape.batch
-    chosen = adapters[: shape.num_adapters]
-    assert len(chosen) == shape.num_adapters
-    return tuple(chosen[i % len(chosen)] for i in range(shape.batch))
+    prompts = Prompts(vocab_size, Prefix(), f"{seed} {part}")
+    return [
+        Request(
+            at=(line.timestamp - lines[0].timestamp) / speed,
+            adapter=line.adapter,
+            token_ids=line.token_ids or prompts.prompt(None, line.prompt_tokens or 1),
+            max_tokens=line.max_tokens,
+            priority=line.priority,
+        )
+        for line in lines
+    ]
+
+
+def as_trace(requests: Sequence[Request]) -> list[TraceLine]:
+    """For `write_trace`, prompts and all."""
+    return [
+        TraceLine(
+            timestamp=request.at,
+            adapter=request.adapter,
+            max_tokens=request.max_tokens,
+            token_ids=request.token_ids,
+            priority=request.priority,
+        )
+        for request in requests
+    ]

@@ -1,7 +1,6 @@
 """Loraplex: a real server process, reached through gRPC sockets by the product's own client."""
 
 import asyncio
-import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -9,19 +8,25 @@ from types import TracebackType
 from typing import Self
 
 from child import BenchmarkError, Child
-from figures import Arrival, Timeline
 from loraplex_client import AsyncClient, Delta, LoraplexError, ServerInfo
-from workload import Wave
+from peers.streams import Got, together
+from waves import Reply, Wave
 
 
 def serve_command(
-    *, model: str, dtype: str, threads: int, max_running: int, store: Path
+    *,
+    model: str,
+    dtype: str,
+    threads: int,
+    max_running: int,
+    store: Path,
+    speculation: str = "auto",
 ) -> list[str]:
     """For `Child`: on a free port, nothing else running that would take time."""
     command = ["loraplex.cli", "serve", "--listen", "127.0.0.1:0", "--metrics", "off"]
     command += ["--model", model, "--dtype", dtype, "--threads", str(threads)]
     command += ["--max-running", str(max_running), "--store", str(store)]
-    return [*command, "--log-level", "warning"]
+    return [*command, "--speculation", speculation, "--log-level", "warning"]
 
 
 def address(server: Child) -> str:
@@ -32,11 +37,14 @@ def address(server: Child) -> str:
 class Loraplex:
     """A closed loop of clients, one task and one stream each, over one connection.
 
+    `pid` is the server's, where it is one of ours.
+
     Mutable: `_uploaded`, the names that were not on the server before; leaving deletes them.
     """
 
-    def __init__(self, target: str) -> None:
+    def __init__(self, target: str, pid: int | None = None) -> None:
         self._target = target
+        self.pid = pid
         self._uploaded: list[str] = []
         self._runner = asyncio.Runner()
         self._client = self._runner.run(self._connect())
@@ -49,34 +57,24 @@ class Loraplex:
             if self._runner.run(self._client.upload_adapter(name, folder)).created:
                 self._uploaded.append(name)
 
-    def run(self, wave: Wave) -> list[Timeline]:
-        return self._runner.run(self._wave(wave))
+    def run(self, wave: Wave) -> list[Reply]:
+        async def request(index: int, got: Got) -> None:
+            events = self._client.stream(
+                token_ids=wave.prompts[index],
+                adapter_id=wave.adapters[index] or "",
+                max_tokens=wave.max_tokens,
+                ignore_eos=True,
+                temperature=0.0,
+                repetition_penalty=1.0,
+            )
+            async for event in events:
+                if isinstance(event, Delta):
+                    got(tuple(event.token_ids))
+
+        return self._runner.run(together(wave, request))
 
     async def _connect(self) -> AsyncClient:
         return AsyncClient(self._target)
-
-    async def _wave(self, wave: Wave) -> list[Timeline]:
-        start = time.perf_counter()
-        requests = zip(wave.prompts, wave.adapters, strict=True)
-        return await asyncio.gather(
-            *(self._request(p, adapter, wave.max_tokens, start) for p, adapter in requests)
-        )
-
-    async def _request(
-        self, prompt: tuple[int, ...], adapter: str | None, max_tokens: int, start: float
-    ) -> Timeline:
-        arrivals = []
-        async for event in self._client.stream(
-            token_ids=prompt,
-            adapter_id=adapter or "",
-            max_tokens=max_tokens,
-            ignore_eos=True,
-            temperature=0.0,
-            repetition_penalty=1.0,
-        ):
-            if isinstance(event, Delta) and event.token_ids:
-                arrivals.append(Arrival(time.perf_counter() - start, len(event.token_ids)))
-        return tuple(arrivals)
 
     async def _leave(self) -> None:
         for name in self._uploaded:

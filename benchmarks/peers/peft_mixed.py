@@ -1,27 +1,23 @@
-"""transformers + PEFT: a static batch, a KV cache, `adapter_names`, the next token by argmax.
+"""transformers + PEFT: a static batch, a KV cache, `adapter_names`.
 
-The loop below is what `generate` comes down to, without its overhead: no padding and hence no mask,
-logits of the last position alone, PEFT's hooks put in place once a wave. The base's linears hold
-the values of their NF4 codes; PEFT keeps the adapters in float32, as it does by default. A wave
-for the bare base runs on the plain transformers model, which PEFT has not touched.
+PEFT's hooks are put in place once a wave. It keeps the adapters in float32, as it does by default.
+A wave for the bare base runs on a plain transformers model, which PEFT has not touched. `nf4` is
+bitsandbytes' 4-bit linears that compute in bfloat16, of the same codes that Loraplex has.
 """
 
 import copy
 import time
 import warnings
-from collections.abc import Sequence
-from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from figures import Arrival, Timeline
-from loraplex.model import nf4
-from loraplex.model.config import read_model_config
 from peers.pipe import PeerSettings, serve_pipe
+from peers.static_batch import decode
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
-from workload import Wave
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from waves import Reply, Wave
 
 PEFT_BASE = "__base__"  # in `adapter_names`: this row has no adapter
 
@@ -31,47 +27,29 @@ class PeftMixed:
 
     def __init__(self, settings: PeerSettings) -> None:
         torch.set_num_threads(settings.threads)
-        self._plain = _load_base(Path(settings.model), getattr(torch, settings.dtype))
+        self._plain = _load_base(Path(settings.model), settings.precision)
         self._mixed = _with_adapters(self._plain, settings) if settings.adapters else None
 
-    def run(self, wave: Wave) -> list[Timeline]:
-        """All rows advance together, so all timelines are the same."""
+    def run(self, wave: Wave) -> list[Reply]:
         start = time.perf_counter()
-        if any(wave.adapters):
-            assert self._mixed is not None
-            names = [name or PEFT_BASE for name in wave.adapters]
-            # `PeftModel.generate` does the same; `forward` would put the hooks in place every step.
-            hooks = self._mixed._enable_peft_forward_hooks(adapter_names=names)
-            model = self._mixed.get_base_model()
-        else:
-            hooks, model = nullcontext(), self._plain
-        with hooks:
-            moments = _decode(model, wave.prompts, wave.max_tokens)
-        timeline = tuple(Arrival(moment - start, 1) for moment in moments)
-        return [timeline] * len(wave.prompts)
+        if not any(wave.adapters):
+            return decode(self._plain, wave, start)
+        assert self._mixed is not None
+        names = [name or PEFT_BASE for name in wave.adapters]
+        # `PeftModel.generate` does the same; `forward` would put the hooks in place every step.
+        with self._mixed._enable_peft_forward_hooks(adapter_names=names):
+            return decode(self._mixed.get_base_model(), wave, start)
 
 
-@torch.inference_mode()
-def _decode(model: Any, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[float]:
-    """The clock at each step's tokens, as a list of ints; prompts are of one length."""
-    token_ids = torch.tensor(prompts)  # [batch, prompt length], then [batch, 1]
-    cache = None
-    moments = []
-    for _ in range(max_tokens):
-        output = model(input_ids=token_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache = output.past_key_values
-        token_ids = output.logits[:, -1].argmax(dim=-1, keepdim=True)
-        token_ids.tolist()
-        moments.append(time.perf_counter())
-    return moments
-
-
-def _load_base(folder: Path, dtype: torch.dtype) -> Any:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-    for linear in read_model_config(folder).linears():
-        weight = model.get_submodule(linear.name).weight
-        weight.data = nf4.quantize(weight.data).dequantize()
-    return model.to(dtype).eval()
+def _load_base(folder: Path, precision: str) -> Any:
+    load = partial(AutoModelForCausalLM.from_pretrained, folder, dtype=torch.bfloat16)
+    if precision == "bf16":
+        return load().eval()
+    assert precision == "nf4"
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+    )
+    return load(quantization_config=quantization, device_map="cpu").eval()
 
 
 def _with_adapters(plain: Any, settings: PeerSettings) -> Any:

@@ -1,42 +1,51 @@
-"""A peer in a process of its own: one line of JSON to load it, then one a wave.
+"""A peer without a server of its own, in a process of its own: a line of JSON a wave.
 
-    -> {"model": FOLDER, "adapters": {NAME: FOLDER}, "dtype": "bfloat16", "threads": 2}
+    -> {"model": FOLDER, "adapters": {NAME: FOLDER}, "rank": 16, "threads": 2, ...}
     <- {}
-    -> {"prompts": [[TOKEN, ...], ...], "adapters": [NAME | null, ...], "max_tokens": 64}
-    <- {"timelines": [[[SECONDS, NUM_TOKENS], ...], ...]}
+    -> {"prompts": [[TOKEN, ...], ...], "adapters": [NAME | null, ...], "max_tokens": 64, ...}
+    <- {"replies": [[[[SECONDS, NUM_TOKENS], ...], [TOKEN, ...]], ...]}
 
-Between a reply and the next wave a peer does nothing. The end of its input ends it.
+Between a reply and the next wave a peer does nothing. The end of its input ends it. This module is
+imported on both ends: of what is not Python's own it needs nothing.
 """
 
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from child import Child
-from figures import Arrival, Timeline
-from workload import Wave
-
-PEERS = {"peft": "peers.peft_mixed"}
-"""The module behind each name that `--peers` takes."""
+from figures import Arrival
+from waves import Reply, Wave
 
 
-class Peer(Protocol):
-    """Whatever can run a wave: Loraplex's client here, another system's process there."""
+class Runner(Protocol):
+    """Whatever can run a wave."""
 
-    def run(self, wave: Wave) -> list[Timeline]: ...
+    def run(self, wave: Wave) -> list[Reply]: ...
+
+
+class Peer(Runner, Protocol):
+    """One of those that take turns: Loraplex's client, an HTTP server's, or a piped process."""
+
+    @property
+    def pid(self) -> int | None:
+        """Of the process whose memory, with its children's, is the system's. None: not ours."""
 
 
 @dataclass(frozen=True, slots=True)
 class PeerSettings:
     """The same model, adapters and threads as Loraplex has."""
 
-    model: str  # a full-precision Hugging Face folder; its linears are to be rounded to NF4
+    model: str  # a full-precision Hugging Face folder
     adapters: Mapping[str, str]  # PEFT folders by name
-    dtype: str  # of activations and of the dequantised weights
+    rank: int  # of all of them
     threads: int
+    max_batch: int  # requests of the largest wave
+    max_context: int  # tokens of the longest request, prompt and answer
+    precision: str  # of the base's weights: "bf16", "nf4", "q4_1"
 
 
 class PipedPeer:
@@ -45,30 +54,39 @@ class PipedPeer:
     def __init__(self, child: Child) -> None:
         self._child = child
 
-    def load(self, settings: PeerSettings) -> None:
+    @property
+    def pid(self) -> int:
+        return self._child.pid
+
+    def begin_loading(self, settings: PeerSettings) -> None:
         self._child.write(json.dumps(asdict(settings)))
+
+    def wait_until_ready(self) -> None:
         self._child.read()
 
-    def run(self, wave: Wave) -> list[Timeline]:
+    def run(self, wave: Wave) -> list[Reply]:
         self._child.write(json.dumps(asdict(wave)))
-        reply = json.loads(self._child.read())
-        return [tuple(Arrival(*pair) for pair in timeline) for timeline in reply["timelines"]]
+        return [_reply(*fields) for fields in json.loads(self._child.read())["replies"]]
 
 
-def serve_pipe(load: Callable[[PeerSettings], Peer]) -> None:
+def serve_pipe(load: Callable[[PeerSettings], Runner]) -> None:
     """The peer's end. What libraries print goes to stderr, so that stdout holds replies alone."""
     with os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1) as replies:
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
         peer = load(PeerSettings(**json.loads(sys.stdin.readline())))
         replies.write("{}\n")
         for line in sys.stdin:
-            timelines = peer.run(_wave(json.loads(line)))
-            replies.write(json.dumps({"timelines": timelines}) + "\n")
+            replies.write(json.dumps({"replies": peer.run(_wave(json.loads(line)))}) + "\n")
 
 
-def _wave(fields: Mapping[str, object]) -> Wave:
-    prompts, adapters, max_tokens = fields["prompts"], fields["adapters"], fields["max_tokens"]
-    assert isinstance(prompts, list)
-    assert isinstance(adapters, list)
-    assert isinstance(max_tokens, int)
-    return Wave(tuple(map(tuple, prompts)), tuple(adapters), max_tokens)
+def _wave(fields: Mapping[str, Any]) -> Wave:
+    return Wave(
+        tuple(map(tuple, fields["prompts"])),
+        tuple(fields["adapters"]),
+        fields["max_tokens"],
+        fields["seconds"],
+    )
+
+
+def _reply(timeline: Sequence[tuple[float, int]], tokens: Sequence[int]) -> Reply:
+    return Reply(tuple(Arrival(*pair) for pair in timeline), tuple(tokens))
