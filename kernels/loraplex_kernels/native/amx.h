@@ -36,17 +36,39 @@ inline bool amx_is_permitted() {
     return permitted;
 }
 
-// The calling thread's tiles, all of 16 rows by 64 bytes, as long as this lives.
+// The calling thread's tiles, all of 16 rows by 64 bytes, as long as this lives. Meanwhile numbers too small
+// for a full mantissa are zero to vectors, as they always are to tiles.
 class Tiles {
   public:
-    Tiles() { _tile_loadconfig(&config_); }
-    ~Tiles() { _tile_release(); }
+    Tiles() : csr_(_mm_getcsr()) {
+        _tile_loadconfig(&config_);
+        _mm_setcsr(csr_ | kTinyIsZero);
+    }
+    ~Tiles() {
+        _tile_release();
+        _mm_setcsr(csr_);
+    }
     Tiles(const Tiles&) = delete;
     Tiles& operator=(const Tiles&) = delete;
 
   private:
+    static constexpr unsigned kTinyIsZero = 0x8040;  // FTZ, DAZ
+    const unsigned csr_;
     TileConfig config_;
 };
+
+// a + b that the compiler leaves where it stands.
+inline __m512 add_in_order(__m512 a, __m512 b) {
+    return _mm512_add_round_ps(a, b, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+
+// The floats of 16 pairs of bf16.
+inline __m512 first_of_pairs(__m512i pairs) { return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)); }
+inline __m512 second_of_pairs(__m512i pairs) {
+    return _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000))));
+}
+
+inline __mmask32 first_of_32(int64_t count) { return count >= 32 ? ~0u : (1u << count) - 1; }
 
 // 16 x 16 words of 32 bits.
 inline void transpose(__m512i* v) {

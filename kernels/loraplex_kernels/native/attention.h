@@ -21,9 +21,10 @@
 namespace {
 
 constexpr int64_t kSegment = 512;       // keys
-constexpr int64_t kColumns = 64;        // of an item, unless one query has more
+constexpr int64_t kColumns = 192;       // of an item, unless one query has more
 constexpr int64_t kSplitColumns = 32;   // up to which a sequence's segments are items of their own
 constexpr int64_t kKeyBlock = 128;         // keys of one softmax update in tiles
+constexpr int64_t kFewColumns = 4;      // up to which vectors take over from tiles once there are scores
 constexpr int64_t kClaimedUntil = 8;    // items before the end that a thread claims one at a time
 constexpr int64_t kWide = 4;            // columns that share a load of a key without tiles
 
@@ -56,9 +57,11 @@ struct AttentionPlan {
     bool with_tiles;  // head_dim and block_tokens allow them
 
     void build(const AttentionStep& given);
-    Partial partial(int64_t index) const { return cut(partials_.data() + index * partial_floats()); }
-    Partial cut(float* at) const { return {at, at + columns * padded, at + columns * (padded + 1)}; }
-    int64_t partial_floats() const { return columns * (padded + 2); }
+    Partial partial(int64_t index) const {
+        return cut(partials_.data() + index * partial_floats(kSplitColumns), kSplitColumns);
+    }
+    Partial cut(float* at, int64_t columns) const { return {at, at + columns * padded, at + columns * (padded + 1)}; }
+    int64_t partial_floats(int64_t columns) const { return columns * (padded + 2); }
     // Whether the caller has finished the last of a row's splits; the count starts over.
     bool is_last(const AttentionItem& item) const {
         int32_t& count = finished_[item.counter];
@@ -90,15 +93,15 @@ inline void AttentionPlan::build(const AttentionStep& given) {
             add_tile(sequence, row + first, std::min(tile, queries - first), visible + first,
                      queries * group <= kSplitColumns);
     }
-    // Long ones first, so that none is left for the end; one head's keys after each other, while cached.
+    // Long ones first, so that none is left for the end; what lies together, or is read again, in one go.
     const auto order = [&](const AttentionItem& item) {
-        return std::make_tuple(-step.contexts[item.sequence], item.sequence, item.kv_head, item.lo, item.row);
+        return std::make_tuple(-step.contexts[item.sequence], item.sequence, item.lo, item.kv_head, item.row);
     };
     std::sort(items.begin(), items.end(), [&](const auto& a, const auto& b) { return order(a) < order(b); });
-    partials_.resize(std::max<size_t>(partials_.size(), num_partials_ * partial_floats()));
+    partials_.resize(std::max<size_t>(partials_.size(), num_partials_ * partial_floats(kSplitColumns)));
     finished_.assign(num_counters_, 0);
     with_tiles = amx_is_permitted() && dim % kTile == 0 && step.cache.block_tokens % kTile == 0;
-    const int64_t floats = 2 * partial_floats() + 2 * columns +                           // partials, limits
+    const int64_t floats = 2 * partial_floats(columns) + 2 * columns +                           // partials, limits
                            columns * round_up(dim, 32) + kKeyBlock * round_up(dim, 32) +     // queries, padded keys
                            4 * kKeyBlock * kTile + kKeyBlock * padded + kWide * kSegment;       // scores, weights, values
     scratch_bytes = round_up(floats * sizeof(float), 64) + 64 * 16;
@@ -289,8 +292,8 @@ void attend(const Tile<T>& tile, T* out, void* memory) {
     const AttentionPlan& plan = tile.plan;
     const AttentionItem& item = tile.item;
     Carver scratch(memory);
-    Partial all = plan.cut(scratch.take<float>(plan.partial_floats()));
-    const Partial more = plan.cut(scratch.take<float>(plan.partial_floats()));
+    Partial all = plan.cut(scratch.take<float>(plan.partial_floats(plan.columns)), plan.columns);
+    const Partial more = plan.cut(scratch.take<float>(plan.partial_floats(plan.columns)), plan.columns);
     if (item.lo == item.hi) {  // padding
         std::fill_n(all.sums, plan.columns * plan.padded, 0.f);
         std::fill_n(all.total, plan.columns, 1.f);

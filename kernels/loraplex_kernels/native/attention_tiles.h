@@ -9,16 +9,15 @@
 
 namespace {
 
-// 2^x for x <= 0 to 3e-6, 0 below -126; NaN stays NaN. Least squares on [0, 1) with 2^0 = 1 kept.
+// 2^x for x <= 0 to 9e-5, a twentieth of a rounding to bf16; 0 below -126, where tiny numbers are zero (see
+// Tiles); NaN stays NaN. Least squares on [0, 1) with 2^0 = 1 kept.
 inline __m512 power_of_two(__m512 x) {
-    const __mmask16 normal = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-126.f), _CMP_NLT_UQ);
     const __m512 r = _mm512_reduce_ps(x, 1);  // x - floor(x)
-    __m512 p = _mm512_set1_ps(0.01342668f);
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.05224247f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.24128021f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.69304484f));
+    __m512 p = _mm512_set1_ps(0.07705805f);
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.22764558f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.69512289f));
     p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.f));
-    return _mm512_maskz_scalef_ps(normal, p, x);
+    return _mm512_scalef_ps(p, x);
 }
 
 class InTiles {
@@ -49,6 +48,10 @@ class InTiles {
     void weigh(int64_t group, int64_t base, int64_t end, const Partial& out);
     template <bool kPair>
     void sum_up(int64_t group, int64_t steps, float* sums);
+    template <int64_t Count>
+    void weigh_few(int64_t base, int64_t end, const Partial& out);
+    template <int64_t Count>
+    void sum_up_few(int64_t size, float* sums);
     void look_ahead(int64_t end);
     void prefetch(const bf16* base, int64_t group) const;
 };
@@ -215,22 +218,27 @@ inline void InTiles::weigh(int64_t group, int64_t base, int64_t end, const Parti
     }
     const __m512i pairs = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
                                            21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-    __m512 even_total = _mm512_setzero_ps(), odd_total = _mm512_setzero_ps();
     for (int64_t k = 0; k < size; k += 32) {
         if (group == 0) prefetch(tile_.v_cache, k / kTile), prefetch(tile_.v_cache, k / kTile + 1);
         __m512i rows[kTile];
+        __m512 both[kTile];
         for (int64_t j = 0; j < kTile; ++j) {
             const float* score = scores + (k + 2 * j) * kTile;
             const __m512 even = power_of_two(_mm512_fmsub_ps(_mm512_load_ps(score), scale, offset));
             const __m512 odd = power_of_two(_mm512_fmsub_ps(_mm512_load_ps(score + kTile), scale, offset));
-            even_total = _mm512_add_ps(even_total, even), odd_total = _mm512_add_ps(odd_total, odd);
+            both[j] = add_in_order(even, odd);
             rows[j] = _mm512_permutexvar_epi16(pairs, (__m512i)_mm512_cvtne2ps_pbh(odd, even));
+        }
+        for (int64_t half = 0; half < kTile; half += 8) {  // 16 keys, as `weigh_few` adds its lanes up
+            for (int64_t apart = 1; apart < 8; apart *= 2)
+                for (int64_t j = half; j < half + 8; j += 2 * apart) both[j] = add_in_order(both[j], both[j + apart]);
+            total = add_in_order(total, both[half]);
         }
         transpose(rows);
         for (int64_t j = 0; j < kTile; ++j) _mm512_store_si512(weights + k * kTile + 32 * j, rows[j]);
     }
     _mm512_storeu_ps(out.top + at, top);
-    _mm512_storeu_ps(out.total + at, _mm512_add_ps(total, _mm512_add_ps(even_total, odd_total)));
+    _mm512_storeu_ps(out.total + at, total);
 }
 
 // sums += weights_ values_ of one or two groups of columns.
@@ -293,6 +301,16 @@ inline void InTiles::add(int64_t lo, int64_t hi, const Partial& out) {
         const int64_t end = std::min(base + kKeyBlock, hi), key_groups = (end - base + kTile - 1) / kTile;
         find(base, end);
         look_ahead(end);
+        if (tile_.columns() <= kFewColumns) {
+            score<false>(0, key_groups);
+            switch (tile_.columns()) {
+                case 1: weigh_few<1>(base, end, out), sum_up_few<1>(end - base, out.sums); break;
+                case 2: weigh_few<2>(base, end, out), sum_up_few<2>(end - base, out.sums); break;
+                case 3: weigh_few<3>(base, end, out), sum_up_few<3>(end - base, out.sums); break;
+                default: weigh_few<4>(base, end, out), sum_up_few<4>(end - base, out.sums);
+            }
+            continue;
+        }
         for (int64_t group = 0; group < groups_; group += 2) {
             const bool pair = group + 1 < groups_;
             pair ? score<true>(group, key_groups) : score<false>(group, key_groups);
@@ -307,5 +325,7 @@ inline void InTiles::add(int64_t lo, int64_t hi, const Partial& out) {
 }
 
 }  // namespace
+
+#include "attention_few.h"
 
 #endif

@@ -18,6 +18,8 @@ namespace {
 constexpr int64_t kRank = 16;       // GRANULE_RANK
 constexpr int64_t kRows = 4;        // rows that share one pass over a granule without tiles
 constexpr int64_t kLoraRows = 16;   // rows of a segment that share one pass in tiles
+constexpr int64_t kFewRows = 4;     // up to which vectors are quicker than tiles
+constexpr int64_t kGroup = 4;       // granules whose sums are added up before they meet others
 constexpr int64_t kLineBytes = 64;  // of v: 16 floats, or 16 pairs of bf16 that add up to one (in tiles)
 
 struct Tables {
@@ -194,6 +196,7 @@ void expand_rows(const Granules& granules, const char* v, int64_t v_stride, int6
 
 }  // namespace
 
+#include "lora_few.h"
 #include "lora_tiles.h"
 
 namespace {
@@ -209,25 +212,58 @@ template <typename T>
 void lora_shrink(const LoraPlan& plan, int64_t layer, const Projection* p, int64_t num_p, const T* x, int64_t k_size,
                  void* v, std::atomic<int64_t>& next) {
     const int64_t num_short = static_cast<int64_t>(plan.chunks.size()) - plan.num_long;
-    const int64_t stride = plan.row_bytes(num_p);
-    for (int64_t task = next++; task < plan.num_long + num_short * num_p; task = next++) {
-        // A long segment's chunk is packed once for all projections; a short one's cost is its weights.
+    const int64_t stride = plan.row_bytes(num_p), count = plan.num_long + num_short * num_p;
+    // A long segment's chunk is packed once for all projections; a short one's cost is its weights.
+    const auto chunk_of = [&](int64_t task) {
+        return task < plan.num_long ? task : plan.num_long + (task - plan.num_long) / num_p;
+    };
+    const auto granules_of = [&](int64_t task, int64_t i) {
+        return plan.granules(plan.chunks[chunk_of(task)].slot, layer, p[i].module);
+    };
+#if LORAPLEX_AMX
+    static thread_local FewInputs inputs;
+    int64_t spread = -1;
+#endif
+    for (int64_t task = next++; task < count;) {
         const bool is_long = task < plan.num_long;
-        const Segment& chunk = plan.chunks[is_long ? task : plan.num_long + (task - plan.num_long) / num_p];
+        const int64_t index = chunk_of(task);
+        const Segment& chunk = plan.chunks[index];
         const int64_t first = is_long ? 0 : (task - plan.num_long) % num_p, last = is_long ? num_p : first + 1;
         const T* rows = x + chunk.lo * k_size;
+        const int64_t num_rows = chunk.hi - chunk.lo;
+        int64_t following = -1;
+        const auto run = [&](auto&& shrink_one) {
+            for (int64_t i = first; i < last; ++i)
+                shrink_one(granules_of(task, i), plan.line(v, chunk.lo, i, num_p));
+        };
 #if LORAPLEX_AMX
-        if constexpr (std::is_same_v<T, bf16>)
-            if (in_tiles<T>()) {
-                Shrinker shrinker(rows, chunk.hi - chunk.lo, k_size);
+        if constexpr (std::is_same_v<T, bf16>) {
+            if (in_tiles<T>() && num_rows <= kFewRows) {
+                following = next++;  // known early, its weights can be asked for during this one
+                const bf16* ahead = nullptr;
+                if (following < count && following >= plan.num_long) {
+                    const Granules granules = granules_of(following, (following - plan.num_long) % num_p);
+                    if (granules.count) ahead = granules.a<bf16>(0);
+                }
+                if (spread != index) inputs.spread(rows, num_rows, k_size);
+                spread = index;
                 for (int64_t i = first; i < last; ++i)
-                    shrinker.run(plan.granules(chunk.slot, layer, p[i].module), plan.line(v, chunk.lo, i, num_p), stride);
-                continue;
+                    shrink_few(inputs, granules_of(task, i), num_rows, k_size, ahead, p[i].width,
+                               plan.line(v, chunk.lo, i, num_p), stride);
+            } else if (in_tiles<T>()) {
+                Shrinker shrinker(rows, num_rows, k_size, is_long ? 0 : p[first].width);
+                run([&](const Granules& granules, char* lines) { shrinker.run(granules, lines, stride); });
+            } else {
+                run([&](const Granules& granules, char* lines) {
+                    shrink_rows(granules, rows, k_size, num_rows, lines, stride);
+                });
             }
+        } else
 #endif
-        for (int64_t i = first; i < last; ++i)
-            shrink_rows(plan.granules(chunk.slot, layer, p[i].module), rows, k_size, chunk.hi - chunk.lo,
-                        plan.line(v, chunk.lo, i, num_p), stride);
+            run([&](const Granules& granules, char* lines) {
+                shrink_rows(granules, rows, k_size, num_rows, lines, stride);
+            });
+        task = following >= 0 ? following : next++;
     }
 }
 
@@ -249,7 +285,10 @@ template <typename T>
 void expand_any(const Granules& granules, const char* v, int64_t v_stride, int64_t rows, const Target& to) {
 #if LORAPLEX_AMX
     if constexpr (std::is_same_v<T, bf16>)
-        if (in_tiles<T>()) return expand_in_tiles(granules, v, v_stride, rows, to);
+        if (in_tiles<T>()) {
+            return rows <= kFewRows ? expand_few(granules, v, v_stride, rows, to)
+                                    : expand_in_tiles(granules, v, v_stride, rows, to);
+        }
 #endif
     expand_rows<T>(granules, v, v_stride, rows, to);
 }

@@ -9,15 +9,11 @@
 
 namespace {
 
-constexpr int64_t kGroup = 4;  // granules whose sums are held in tiles at once
-
-inline __mmask32 first_of_32(int64_t count) { return count >= 32 ? ~0u : (1u << count) - 1; }
-
-// Up to 16 rows of x, packed once for all the granules they meet.
+// Up to 16 rows of x, packed once for all the granules they meet. B of `width` outputs is asked for, too.
 class Shrinker {
   public:
-    Shrinker(const bf16* x, int64_t rows, int64_t k_size)
-        : x_(x), rows_(rows), k_(k_size), steps_((k_size + 31) / 32), is_packed_(false) {
+    Shrinker(const bf16* x, int64_t rows, int64_t k_size, int64_t width)
+        : x_(x), rows_(rows), k_(k_size), width_(width), steps_((k_size + 31) / 32), is_packed_(false) {
         static thread_local std::vector<char> memory;
         memory.resize(std::max<size_t>(memory.size(), steps_ * 1024 + 64));
         packed_ = reinterpret_cast<bf16*>(aligned(memory.data()));
@@ -33,7 +29,7 @@ class Shrinker {
 
   private:
     const bf16* x_;
-    int64_t rows_, k_, steps_;
+    int64_t rows_, k_, width_, steps_;
     bool is_packed_;
     bf16* packed_;  // [step of 32 k][pair][row][2]
 
@@ -57,6 +53,7 @@ class Shrinker {
         const bf16* a[Count];
         for (int64_t g = 0; g < Count; ++g) a[g] = granules.a<bf16>(from + g);
         if (!is_packed_) pack(a[0]);
+        for (int64_t g = 0; g < Count; ++g) Stream<_MM_HINT_T1>(granules.b<bf16>(from + g), kRank * width_).share(1);
         written();
         _tile_zero(0);
         if constexpr (Count > 1) _tile_zero(1);
@@ -110,10 +107,7 @@ class Shrinker {
         transpose(rows);
         for (int64_t j = 0; j < rows_; ++j) {
             const __m512 whole = _mm512_mul_ps(_mm512_castsi512_ps(rows[j]), _mm512_set1_ps(scale));
-            const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(whole));
-            const __m512 rest = _mm512_sub_ps(whole, _mm512_castsi512_ps(_mm512_slli_epi32(high, 16)));
-            const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(rest));
-            _mm512_store_si512(v + j * v_stride, _mm512_or_si512(high, _mm512_slli_epi32(low, 16)));
+            _mm512_store_si512(v + j * v_stride, pairs_of(whole));
         }
     }
 };

@@ -42,7 +42,10 @@ from loraplex.errors import RequestError
 __all__ = ["Drawn", "Outcome", "Sampled", "Scheduled", "Scheduler", "SchedulerConfig", "Step"]
 
 MAX_WEIGHT = 4.0
-"""So many times the usual part of a step prompts may have, where no stream of others waits."""
+"""So many times the usual part of a step prompts may have that go before the streams."""
+
+MAX_BURST = 16.0
+"""And so many times where more wait for a first token than there are streams, all of one burst."""
 
 
 class Scheduler:
@@ -226,7 +229,7 @@ class Scheduler:
         clients = self.waiting.clients | {sequence.client for sequence in plan.prefilling}
         weight = 1.0
         if num_first > len(streams) and clients.issuperset(s.client for s in streams):
-            weight = min(MAX_WEIGHT, num_first / len(streams))
+            weight = min(MAX_BURST, (num_first / len(streams)) ** 2)
         top = max(sequence.priority for sequence in streams)
         if any(sequence.priority > top for sequence in plan.prefilling):
             weight = MAX_WEIGHT
