@@ -20,7 +20,7 @@ endif
 
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help setup demo test check format bench bench-adapters kernels-report fuzz train protos proto-lint docker clean
+.PHONY: help setup demo test check format bench bench-peers bench-load bench-adapters kernels-report fuzz train protos proto-lint docker clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -52,8 +52,16 @@ format: setup ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: setup ## tokens a second, mixed adapters, beside transformers + PEFT
-	$(BIN)/python benchmarks/serving.py
+bench: setup ## a load of 8 clients for 8 adapters on a server of its own (two minutes)
+	$(BIN)/python benchmarks/serving.py --concurrency 8 --num-adapters 8 --warmup 8 --repeats 3
+
+bench-peers: setup ## tokens a second beside vLLM, llama.cpp, PEFT and polylora (half an hour; installs them first)
+	$(if $(TORCH_INDEX),PIP_EXTRA_INDEX_URL=$(TORCH_INDEX)) $(BIN)/python benchmarks/side_by_side.py --save side_by_side
+
+bench-load: setup ## long prompts, floods, prefixes, drafts, memory, cost as work grows (half an hour)
+	missed=; for name in step_profile long_prompt fairness prefix_cache speculative scaling memory; do \
+	    $(BIN)/python benchmarks/$$name.py --save $$name || missed="$$missed $$name"; \
+	done; test -z "$$missed" || { echo "limits missed:$$missed"; exit 1; }
 
 bench-adapters: setup ## stalls, cold starts, thousands of adapters, mixed ranks (a quarter of an hour)
 	for name in stall cold_start many_adapters mixed_ranks; do \

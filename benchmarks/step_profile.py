@@ -22,9 +22,9 @@ from loraplex.config import ServeConfig, cache_dir
 from loraplex.engine.batch import DeviceMemory, build_input
 from loraplex.engine.model_runner import block_shape
 from loraplex.engine.sampler import sample
-from loraplex.engine.scheduler import Scheduled
 from loraplex.engine.sequence import SamplingParams, StopParams
 from loraplex.engine.sequence import Sequence as EngineSequence
+from loraplex.engine.step import Scheduled
 from loraplex.model.config import MODULES
 from loraplex.model.decoder import Activations
 from loraplex.startup import Base, load_base

@@ -23,8 +23,8 @@ SECONDS_TO_START = 600.0
 Body = Callable[[tuple[int, ...], str | None, int], Mapping[str, Any]]
 """The request for a prompt, an adapter and a number of tokens."""
 
-Tokens = Callable[[Any], Sequence[int]]
-"""The token ids of one event."""
+Tokens = Callable[[Any, int], Sequence[int]]
+"""The token ids of one event, given how many came before."""
 
 
 def free_port() -> int:
@@ -73,8 +73,11 @@ class HttpServer:
     def run(self, wave: Wave, path: str, body: Body, tokens: Tokens) -> list[Reply]:
         async def request(index: int, got: Got) -> None:
             asked = body(wave.prompts[index], wave.adapters[index], wave.max_tokens)
+            num_tokens = 0
             async for event in post_events(self._port, path, asked):
-                got(tuple(tokens(event)))
+                new = tuple(tokens(event, num_tokens))
+                num_tokens += len(new)
+                got(new)
 
         return self._runner.run(together(wave, request))
 

@@ -140,14 +140,21 @@ def body(
     }
 
 
-def tokens(event: Any) -> Sequence[int]:
-    """`{"tokens": [...], "stop": false}`; the last event, with `stop`, brings none.
+UNTOLD = -1
 
+
+def tokens(event: Any, num_before: int) -> Sequence[int]:
+    """`{"tokens": [...], "stop": false}`; the last event, with `stop`, says how many there were.
+
+    Tokens that end within a character have no event: they are made up for at the end, as UNTOLD.
     `{"error": ...}` is a BenchmarkError.
     """
     if "error" in event:
         raise BenchmarkError(f"llama.cpp: {event['error']['message']}")
-    return () if event["stop"] else event["tokens"]
+    if event["stop"]:
+        return (UNTOLD,) * (int(event["tokens_predicted"]) - num_before)
+    found: Sequence[int] = event["tokens"]
+    return found
 
 
 def _converted(settings: PeerSettings, name: str, work: Path) -> Path:

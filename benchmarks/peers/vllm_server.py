@@ -72,7 +72,7 @@ def body(prompt: tuple[int, ...], adapter: str | None, max_tokens: int) -> dict[
     }
 
 
-def tokens(event: Any) -> Sequence[int]:
+def tokens(event: Any, num_before: int) -> Sequence[int]:
     """`{"choices": [{"token_ids": [...]}]}`; `{"error": ...}` is a BenchmarkError."""
     if "error" in event:
         raise BenchmarkError(f"vLLM: {event['error']['message']}")

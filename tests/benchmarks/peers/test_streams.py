@@ -23,11 +23,13 @@ def test_events_are_whole_however_the_bytes_arrive(size: int) -> None:
 def test_tokens_of_each_servers_events() -> None:
     vllm = {"choices": [{"text": "o", "token_ids": [95, 28]}]}
 
-    assert vllm_server.tokens(vllm) == [95, 28]
-    assert vllm_server.tokens({"choices": [{"text": "", "token_ids": None}]}) == []
-    assert vllm_server.tokens({"choices": [], "usage": {}}) == []
-    assert llama_cpp.tokens({"content": "o", "tokens": [95], "stop": False}) == [95]
-    assert llama_cpp.tokens({"content": "", "tokens": [95], "stop": True}) == ()
+    assert vllm_server.tokens(vllm, 0) == [95, 28]
+    assert vllm_server.tokens({"choices": [{"text": "", "token_ids": None}]}, 0) == []
+    assert vllm_server.tokens({"choices": [], "usage": {}}, 0) == []
+    assert llama_cpp.tokens({"content": "o", "tokens": [95], "stop": False}, 0) == [95]
+    last = {"content": "", "tokens": [95], "stop": True, "tokens_predicted": 4}
+    assert llama_cpp.tokens(last, 4) == ()
+    assert llama_cpp.tokens(last, 3) == (llama_cpp.UNTOLD,)
 
 
 @pytest.mark.parametrize(
@@ -36,7 +38,7 @@ def test_tokens_of_each_servers_events() -> None:
 def test_an_error_in_the_stream_is_one_here(event: object) -> None:
     for tokens in (vllm_server.tokens, llama_cpp.tokens):
         with pytest.raises(BenchmarkError, match="no room"):
-            tokens(event)
+            tokens(event, 0)
 
 
 def test_a_request_says_how_long_it_is() -> None:
