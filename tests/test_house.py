@@ -46,6 +46,7 @@ ALLOWED: dict[str, frozenset[str] | set[str]] = {
     "loraplex.check": {
         *LEAVES,
         "loraplex.check_report",
+        "loraplex.check_stack",
         "loraplex.device",
         "loraplex.shapes",
         "loraplex.model",
@@ -53,6 +54,7 @@ ALLOWED: dict[str, frozenset[str] | set[str]] = {
         "loraplex_kernels",
     },
     "loraplex.check_report": {"loraplex_client", "loraplex_kernels"},
+    "loraplex.check_stack": {"loraplex.model", "loraplex_kernels"},
     "loraplex.api": {
         *LEAVES,
         "loraplex.metrics",
@@ -142,12 +144,12 @@ ALLOWED: dict[str, frozenset[str] | set[str]] = {
     "loraplex.engine.sampler": {
         *LEAVES,
         "loraplex.engine.draw",
-        "loraplex.engine.scheduler",
+        "loraplex.engine.step",
     },
     "loraplex.engine.batch": {
         *LEAVES,
         "loraplex.adapters.packing",
-        "loraplex.engine.scheduler",
+        "loraplex.engine.step",
         "loraplex.model",
         "loraplex_kernels",
     },
@@ -155,7 +157,7 @@ ALLOWED: dict[str, frozenset[str] | set[str]] = {
     "loraplex.engine.graphs": {
         *LEAVES,
         "loraplex.engine.batch",
-        "loraplex.engine.scheduler",
+        "loraplex.engine.step",
         "loraplex.engine.transfer",
         "loraplex.model",
         "loraplex_kernels",
@@ -165,7 +167,7 @@ ALLOWED: dict[str, frozenset[str] | set[str]] = {
         "loraplex.engine.batch",
         "loraplex.engine.sampler",
         "loraplex.engine.graphs",
-        "loraplex.engine.scheduler",
+        "loraplex.engine.step",
         "loraplex.engine.transfer",
         "loraplex.adapters.packing",
         "loraplex.model",

@@ -75,14 +75,25 @@ class StackStep:
     logits: Tensor  # fp32 [L, vocab], written
 
 
+@dataclass(frozen=True, slots=True)
+class StepLimits:
+    """How large steps get."""
+
+    max_rows: int
+    max_logits: int
+    max_sequences: int
+    context_length: int
+    max_rank: int
+
+
 class LayerStack(Protocol):
     """A stack made ready to run. Mutable: its scratch memory; one step at a time."""
 
     def run(self, step: StackStep) -> None:
         """Every layer, the final norm, and the head of the wanted rows."""
 
-    def num_bytes(self, max_rows: int) -> int:
-        """What its own memory comes to with steps of so many rows."""
+    def num_bytes(self, limits: StepLimits) -> int:
+        """What its own memory comes to, at most, with steps within these limits."""
 
 
 @runtime_checkable

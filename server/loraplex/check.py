@@ -1,9 +1,10 @@
 """`loraplex check`: every op against plain fp32 maths on this device, and its time.
 
-On a CPU these are the torch ops, the compiled ones, and the Triton kernels in Triton's interpreter
-on tiny shapes. On a GPU they are the Triton kernels over the model's own shapes; `--save` keeps
-the verdict, and measures which way each 4-bit product is best computed: in this process, and so
-after the table was printed.
+On a CPU these are the torch ops, the compiled ones (and a stack of layers as one op of theirs, as
+serves where there are matrix tiles), and the Triton kernels in Triton's interpreter on tiny shapes.
+On a GPU they are the Triton kernels over the model's own shapes; `--save` keeps the verdict, and
+measures which way each 4-bit product is best computed: in this process, and so after the table was
+printed.
 """
 
 import sys
@@ -22,6 +23,7 @@ from loraplex_kernels.timing import copy_bytes_per_second
 from loraplex_kernels.verdicts import FOLDER, Environment, VerdictKey, is_conclusive, save_verdict
 
 from loraplex.check_report import Report, Section, print_json, print_notes, print_report
+from loraplex.check_stack import stack_case
 from loraplex.config import DEFAULT_MODEL
 from loraplex.device import INTERPRETER, Device, available_cores, choose_device
 from loraplex.errors import LoraplexError
@@ -62,6 +64,8 @@ def run_task(task: Task, progress: Progress) -> Iterator[Outcome]:
         yield from run_isolated(task, progress)
         return
     cases = task.cases()
+    if task.ops == "native":
+        cases.append(stack_case(task.shapes, task.dtype, task.max_rank))
     for done, outcome in enumerate(task.run(cases), start=1):
         yield outcome
         progress(done, len(cases))

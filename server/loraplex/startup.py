@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 
 import torch
 from loraplex_kernels.dispatch import cpu_ops, interpreted_ops, multiplies_codes
+from loraplex_kernels.native import is_built
 from loraplex_kernels.ops import Ops
 from loraplex_kernels.reference import TorchOps
+from loraplex_kernels.stack import StepLimits
 from loraplex_kernels.tables import AdapterTables
 
 from loraplex.adapters.loader import AdapterLoader, Blobs, as_is
@@ -120,7 +122,7 @@ def load_base(config: ServeConfig) -> Base:
 
 def _build_ops(config: ServeConfig, model: ModelConfig, device: Device) -> Ops:
     if device.name == "cpu":
-        return cpu_ops(config.cache / "native")
+        return _build_cpu_ops(config.cache / "native")
     if device.name == INTERPRETER:
         return interpreted_ops()
     try:
@@ -133,6 +135,14 @@ def _build_ops(config: ServeConfig, model: ModelConfig, device: Device) -> Ops:
         return triton_ops(
             device.where, shapes, device.dtype, config.max_rank, config.cache, progress
         )
+
+
+def _build_cpu_ops(cache: Path) -> Ops:
+    if is_built(cache):
+        return cpu_ops(cache)
+    log.info("compiling the CPU's ops, once, into %s", cache)
+    with progress_bar("Compiling the CPU's ops, once"):
+        return cpu_ops(cache)
 
 
 def _shapes(config: ServeConfig, model: ModelConfig) -> "ModelShapes":
@@ -235,13 +245,23 @@ def _working_memory(config: ServeConfig, base: Base) -> int:
     )
     if base.device.name != "cuda":
         fused = base.decoder.fused(base.ops)
-        scratch = 0 if fused is None else fused.num_bytes(config.max_step_tokens)
+        scratch = 0 if fused is None else fused.num_bytes(_step_limits(config, base))
         return activations.num_bytes + scratch
     linears = _shapes(config, model).linears
     largest = max(linear.out_features * linear.in_features for linear in linears)
     dequantized = largest * dtype.itemsize
     # One weight in our scratch, one in bitsandbytes' own.
     return activations.num_bytes + 2 * dequantized + config.cuda_graphs * GRAPH_BYTES
+
+
+def _step_limits(config: ServeConfig, base: Base) -> StepLimits:
+    return StepLimits(
+        max_rows=config.max_step_tokens,
+        max_logits=config.max_running + _max_drafts(config, base),
+        max_sequences=config.max_running,
+        context_length=base.config.context_length,
+        max_rank=config.max_rank,
+    )
 
 
 def _default_memory(device: torch.device, free: int) -> int:

@@ -14,9 +14,10 @@ from loraplex.adapters.tiers import HostTier, Tier
 from loraplex.engine.arena import Arena, Use
 from loraplex.engine.engine import Engine, EngineConfig, EngineState, StepRecord
 from loraplex.engine.model_runner import ModelRunner, RunnerConfig, block_shape
-from loraplex.engine.scheduler import Drawn, Sampled, Scheduled, Scheduler, SchedulerConfig
+from loraplex.engine.scheduler import Scheduler, SchedulerConfig
 from loraplex.engine.sequence import BlendPart, SamplingParams, StopParams, Tokens
 from loraplex.engine.sequence import Sequence as EngineSequence
+from loraplex.engine.step import Drawn, Sampled, Scheduled
 from loraplex.engine.stream import TokenStream
 from loraplex.errors import RequestError
 from loraplex.model.decoder import Activations, Decoder, DecoderInput

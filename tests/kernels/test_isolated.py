@@ -4,6 +4,8 @@ The real child, with the real kernels, is run by the tests of `loraplex check`.
 """
 
 import multiprocessing
+import os
+import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,6 +24,7 @@ from loraplex_kernels.isolated import (
     Task,
     _how_it_ended,
     _received,
+    _without_interrupts,
     run_isolated,
 )
 from loraplex_kernels.verdicts import failures_of
@@ -233,3 +236,18 @@ def test_how_a_child_ended() -> None:
     assert how(-9) == ("ended its process with SIGKILL", False)
     assert how(1) == ("ended its process with exit code 1", True)
     assert how(0) == ("ended its process with exit code 0", True)
+
+
+def test_an_interrupt_while_a_child_starts_comes_afterwards() -> None:
+    came = 0
+    try:
+        with _without_interrupts():
+            os.kill(os.getpid(), signal.SIGINT)
+            came += 1
+        came += 1
+    except KeyboardInterrupt:
+        assert came == 1
+    else:
+        raise AssertionError("it was lost")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from loraplex_kernels.dispatch import cpu_ops
-from loraplex_kernels.native import BuildError, load_library
+from loraplex_kernels.native import BuildError, build, is_built, load_library
 
 HAS_COMPILER = any(shutil.which(name) for name in ("c++", "g++", "clang++"))
 
@@ -48,11 +48,25 @@ def test_a_compiler_that_refuses_is_quoted_in_one_line(tmp_path: Path) -> None:
     assert list(cache.iterdir()) == []
 
 
+def test_a_compiler_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = tmp_path / "bin" / "c++"
+    compiler.parent.mkdir()
+    compiler.write_text('#!/bin/sh\n[ "$1" = --version ] && exit\nsleep 1000 &\nwait\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{compiler.parent}:/usr/bin:/bin")
+    monkeypatch.setattr(build, "SECONDS", 0.1)
+    assert not is_built(tmp_path / "cache")
+    with pytest.raises(BuildError, match=r"c\+\+ did not end within 0 seconds"):
+        load_library(tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
 if HAS_COMPILER:
 
     def test_builds_once_and_leaves_nothing_else(native_library: ctypes.CDLL) -> None:
         built = Path(native_library._name)
         before = built.stat()
+        assert is_built(built.parent)
         assert Path(load_library(built.parent)._name) == built
         assert list(built.parent.iterdir()) == [built]
         assert built.stat().st_mtime_ns == before.st_mtime_ns

@@ -393,7 +393,8 @@ if HAS_COMPILER:
         assert_close(out, attend(TorchOps(), wide, wide.qkv, wide.where, window), dtype)
 
     def test_native_lora_row_by_row(native: NativeOps, bank: Bank, rng: torch.Generator) -> None:
-        slots = POPULARITY["zipf"](41, rng)
+        """Segments about the sizes at which vectors give way to tiles, and a tile is full."""
+        slots = [*POPULARITY["zipf"](41, rng), *[3] * 4, -1, *[1] * 5, *[4] * 16, *[3] * 17]
         x = torch.randn(len(slots), K, generator=rng).to(bank.dtype)
         y = torch.randn(len(slots), N, generator=rng).to(bank.dtype)
         single = [row.clone() for row in rows(y)]
@@ -414,14 +415,18 @@ if HAS_COMPILER:
             assert torch.equal(single[0], together[index])
 
     @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("heads", [Heads(9, 3, 64), Heads(4, 1, 32), Heads(2, 2, 64)])
     def test_native_attention_of_a_prefill_row_by_row(
-        native: NativeOps, dtype: torch.dtype, rng: torch.Generator
+        native: NativeOps, dtype: torch.dtype, heads: Heads, rng: torch.Generator
     ) -> None:
-        """A token decoded, verified among drafts or prefilled: the same bits."""
+        """A token decoded, verified among drafts or prefilled: the same bits.
+
+        From four heads and queries on a key/value head to five, vectors give way to tiles.
+        """
         context, queries = 1030, 60
-        data = paged(Heads(9, 3, 64), dtype, rng, decodes=[], prefills=[(context, queries)])
+        data = paged(heads, dtype, rng, decodes=[], prefills=[(context, queries)])
         together = attend(native, data, data.qkv, data.where)
-        for first, count in [(0, 1), (7, 5), (20, 1), (53, 7), (59, 1)]:
+        for first, count in [(0, 1), (7, 5), (20, 1), (33, 4), (34, 2), (53, 7), (59, 1)]:
             seen = context - queries + first + count
             where = replace(
                 data.where,

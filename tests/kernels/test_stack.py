@@ -2,6 +2,7 @@
 
 import ctypes
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from loraplex_kernels.nf4 import BaseWeight, NF4Weight
 from loraplex_kernels.ops import AttentionInput, LoraInput, Ops, Projection
 from loraplex_kernels.reference import TorchOps
 from loraplex_kernels.segments import NO_ADAPTER, segments_of
+from loraplex_kernels.stack import StepLimits
 from loraplex_kernels.tables import GRANULE_RANK, AdapterTables, Granule, OutputScale, view
 from torch import Tensor
 
@@ -241,3 +243,19 @@ if HAS_TILES:
         fused = Sequences(weights, torch.bfloat16, ops, is_dense=False)
         fused.step((0, 0, 20))
         assert int(fused._cache.isfinite().sum()) == fused._cache[0].numel() // 16 * 20
+
+    def test_its_memory_grows_with_each_limit(native_library: ctypes.CDLL) -> None:
+        decoder = Weights(has_bias=False).decoder(torch.bfloat16, is_dense=False)
+        fused = decoder.fused(NativeOps(native_library))
+        assert fused is not None
+        limits = StepLimits(
+            max_rows=64, max_logits=8, max_sequences=8, context_length=512, max_rank=16
+        )
+        least = fused.num_bytes(limits)
+        widest, scratch = CONFIG.intermediate_size, 192 * 2 * 4 * (CONFIG.head_dim + 2)
+        assert least >= 2 * 64 * widest + torch.get_num_threads() * (2 * 32 * widest + scratch)
+        for name, size in (
+            *(("max_rows", 512), ("max_logits", 96), ("max_sequences", 32)),
+            *(("context_length", 1024), ("max_rank", 32)),
+        ):
+            assert fused.num_bytes(replace(limits, **{name: size})) > least, name

@@ -9,9 +9,9 @@ from loraplex.adapters.packing import PackedAdapter, pack
 from loraplex.adapters.peft import read_adapter, read_config, version_of
 from loraplex.api.adaptation import last_occurrence
 from loraplex.config import ServeConfig
-from loraplex.engine.scheduler import Sampled, Scheduled
 from loraplex.engine.sequence import SamplingParams, StopParams
 from loraplex.engine.sequence import Sequence as EngineSequence
+from loraplex.engine.step import Sampled, Scheduled
 from loraplex.startup import build_runner, layout_of, load_base, plan_memory
 
 from tests.lifecycle.tiny import Content

@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 import torch
-from loraplex.check import CheckConfig, Run, check, examine, save_measured, tasks_for
+from loraplex.check import TINY_SHAPES, CheckConfig, Run, check, examine, save_measured, tasks_for
 from loraplex.check_report import Report, Section, print_json, print_report
+from loraplex.check_stack import stack_case
 from loraplex.config import DEFAULT_MODEL
 from loraplex.device import Device
 from loraplex.errors import LoraplexError, ModelError
@@ -23,11 +24,14 @@ from loraplex.model.config import read_model_config
 from loraplex.model.default import ensure_default_model
 from loraplex.shapes import DEFAULT_SHAPES, read_shapes, shapes_of
 from loraplex_kernels.check import Outcome
+from loraplex_kernels.check import check as check_cases
 from loraplex_kernels.gpu.measured import load_paths
 from loraplex_kernels.gpu.ops import KERNELS
 from loraplex_kernels.gpu.paths import LinearPath, PathTable
 from loraplex_kernels.isolated import IsolationError, Progress, Task
 from loraplex_kernels.native import BuildError
+from loraplex_kernels.ops import LoraInput, Projection
+from loraplex_kernels.reference import TorchOps
 from loraplex_kernels.verdicts import Environment, VerdictKey, load_verdict
 
 RIGHT = Outcome(
@@ -275,6 +279,30 @@ def test_the_default_needs_no_file(tmp_path: Path) -> None:
     assert shapes_of(DEFAULT_MODEL, real) == DEFAULT_SHAPES
 
 
+class Forgetful(TorchOps):
+    """One adapter's update of one module is missing in the last layer."""
+
+    def lora_(
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        lora: LoraInput,
+        layer: int,
+        projections: tuple[Projection, ...],
+    ) -> None:
+        if layer == 1 and len(projections) == 2:
+            segments = tuple(s for s in lora.segments if s.slot != 2)
+            lora = replace(lora, segments=segments)
+        super().lora_(y, x, lora, layer, projections)
+
+
+@pytest.mark.parametrize(("ops", "is_right"), [(TorchOps(), True), (Forgetful(), False)])
+def test_a_stack_of_layers_is_checked(ops: TorchOps, is_right: bool) -> None:
+    case = stack_case(TINY_SHAPES, torch.bfloat16, 64)
+    (outcome,) = check_cases([case], ops, torch.bfloat16)
+    assert (outcome.failure is None) == is_right
+
+
 def test_the_command_on_a_cpu(model: Path) -> None:
     """The whole of it: torch's ops, the compiled ones, the kernels in the interpreter."""
     command = [sys.executable, "-m", "loraplex.cli", "check", "--device", "cpu"]
@@ -290,7 +318,7 @@ def test_the_command_on_a_cpu(model: Path) -> None:
     assert {case["ops"] for case in report["cases"]} == {"torch", "native", "interpreter"}
     for ops in ("torch", "native", "interpreter"):
         kernels = {case["kernel"] for case in report["cases"] if case["ops"] == ops}
-        assert kernels == {*KERNELS}
+        assert kernels == {*KERNELS, *(["stack"] if ops == "native" else [])}
 
 
 def test_ctrl_c_ends_it_with_its_child() -> None:

@@ -1,11 +1,13 @@
 """What goes wrong between a loaded model and the ready line is said in one line."""
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import torch
+from loraplex import startup
 from loraplex.adapters.packing import PackedAdapter, Placed
 from loraplex.config import ServeConfig
 from loraplex.device import Device, free_host_memory
@@ -102,3 +104,15 @@ def test_the_budget_counts_what_memory_is_taken(device: str, taken: int) -> None
     tier = build_host_tier(base(TorchOps(), device), MEMORY)
     tier.put("a", PackedAdapter(torch.empty(3, 1000, dtype=torch.uint8), Placed(())))
     assert tier.num_bytes == taken
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_a_start_that_compiles_says_so(
+    is_there: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(startup, "is_built", lambda cache: is_there)
+    monkeypatch.setattr(startup, "cpu_ops", lambda cache: TorchOps())
+    with caplog.at_level(logging.INFO):
+        startup._build_cpu_ops(Path("cache/native"))
+    said = ["compiling the CPU's ops, once, into cache/native"]
+    assert [record.message for record in caplog.records] == ([] if is_there else said)

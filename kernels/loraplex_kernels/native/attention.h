@@ -27,6 +27,7 @@ constexpr int64_t kKeyBlock = 128;         // keys of one softmax update in tile
 constexpr int64_t kFewColumns = 4;      // up to which vectors take over from tiles once there are scores
 constexpr int64_t kClaimedUntil = 8;    // items before the end that a thread claims one at a time
 constexpr int64_t kWide = 4;            // columns that share a load of a key without tiles
+static_assert(kFewColumns == 4 && kWide == 4, "each count up to 4 is named where it is chosen");
 
 struct AttentionStep {
     const int32_t *block_tables, *contexts;
@@ -57,6 +58,12 @@ struct AttentionPlan {
     bool with_tiles;  // head_dim and block_tokens allow them
 
     void build(const AttentionStep& given);
+    static int64_t columns_of_item(int64_t group) { return round_up(std::max(kColumns, group), kTile); }
+    // Bytes of one thread's scratch memory.
+    static int64_t scratch_size(int64_t dim, int64_t columns);
+    // At most, of its own lists and partials.
+    static int64_t own_bytes(int64_t heads, int64_t kv_heads, int64_t dim, int64_t rows, int64_t sequences,
+                             int64_t context);
     Partial partial(int64_t index) const {
         return cut(partials_.data() + index * partial_floats(kSplitColumns), kSplitColumns);
     }
@@ -83,7 +90,7 @@ inline void AttentionPlan::build(const AttentionStep& given) {
     items.clear();
     num_partials_ = num_counters_ = multiplications = 0;
     group = step.heads / step.cache.kv_heads, dim = step.cache.head_dim, padded = round_up(dim, kTile);
-    columns = round_up(std::max(kColumns, group), kTile);
+    columns = columns_of_item(group);
     const int64_t tile = std::max<int64_t>(1, kColumns / group);
     for (int64_t sequence = 0; sequence < step.num_sequences; ++sequence) {
         const int64_t row = step.query_starts ? step.query_starts[sequence] : sequence;
@@ -98,13 +105,30 @@ inline void AttentionPlan::build(const AttentionStep& given) {
         return std::make_tuple(-step.contexts[item.sequence], item.sequence, item.lo, item.kv_head, item.row);
     };
     std::sort(items.begin(), items.end(), [&](const auto& a, const auto& b) { return order(a) < order(b); });
-    partials_.resize(std::max<size_t>(partials_.size(), num_partials_ * partial_floats(kSplitColumns)));
+    if (const size_t floats = num_partials_ * partial_floats(kSplitColumns); floats > partials_.size()) {
+        std::vector<float>().swap(partials_);  // not while the larger one is made
+        partials_.resize(floats);
+    }
     finished_.assign(num_counters_, 0);
     with_tiles = amx_is_permitted() && dim % kTile == 0 && step.cache.block_tokens % kTile == 0;
-    const int64_t floats = 2 * partial_floats(columns) + 2 * columns +                           // partials, limits
-                           columns * round_up(dim, 32) + kKeyBlock * round_up(dim, 32) +     // queries, padded keys
-                           4 * kKeyBlock * kTile + kKeyBlock * padded + kWide * kSegment;       // scores, weights, values
-    scratch_bytes = round_up(floats * sizeof(float), 64) + 64 * 16;
+    scratch_bytes = scratch_size(dim, columns);
+}
+
+inline int64_t AttentionPlan::scratch_size(int64_t dim, int64_t columns) {
+    const int64_t padded = round_up(dim, kTile), deep = round_up(dim, 32);
+    const int64_t floats = 2 * columns * (padded + 2) + 2 * columns +           // partials, limits
+                           columns * deep + kKeyBlock * deep +                  // queries, padded keys
+                           4 * kKeyBlock * kTile + kKeyBlock * padded + kWide * kSegment;  // scores, weights, values
+    return round_up(floats * sizeof(float), 64) + 64 * 16;
+}
+
+inline int64_t AttentionPlan::own_bytes(int64_t heads, int64_t kv_heads, int64_t dim, int64_t rows, int64_t sequences,
+                                        int64_t context) {
+    const int64_t splits = sequences * kv_heads * ((context + kSegment - 1) / kSegment);
+    const int64_t tiles = kv_heads * (rows / std::max<int64_t>(1, kColumns * kv_heads / heads) + sequences);
+    const int64_t partial = kSplitColumns * (round_up(dim, kTile) + 2) * static_cast<int64_t>(sizeof(float));
+    const int64_t item = sizeof(AttentionItem), counter = sizeof(int32_t);
+    return splits * partial + kGrowth * ((splits + tiles) * item + sequences * kv_heads * counter);
 }
 
 inline void AttentionPlan::add_tile(int64_t sequence, int64_t row, int64_t queries, int64_t visible, bool split) {

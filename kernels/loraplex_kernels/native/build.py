@@ -5,8 +5,11 @@ import hashlib
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import tempfile
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("ops.cpp")
@@ -28,8 +31,21 @@ FLAGS = (
 )
 
 
+PARTS = ("LORAPLEX_BF16", "LORAPLEX_F32")
+"""Macros of ops.cpp: what is compiled side by side."""
+
+SECONDS = 600.0
+"""What the compiler may take; it needs some 10."""
+
+
 class BuildError(Exception):
-    """No compiler, or one that refused; the message is one line."""
+    """No compiler, or one that refused or hung; the message is one line."""
+
+
+def is_built(cache_dir: Path) -> bool:
+    """Whether `load_library` has nothing to compile: no compiler, or built before."""
+    compiler = _compiler()
+    return compiler is None or _target(compiler, cache_dir).exists()
 
 
 def load_library(cache_dir: Path) -> ctypes.CDLL:
@@ -37,10 +53,10 @@ def load_library(cache_dir: Path) -> ctypes.CDLL:
 
     torch must have been imported before, so that both share one OpenMP runtime and its threads.
     """
-    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    compiler = _compiler()
     if compiler is None:
         raise BuildError("no C++ compiler found")
-    target = cache_dir / f"ops-{_fingerprint(compiler)}.so"
+    target = _target(compiler, cache_dir)
     try:
         if not target.exists():
             _compile(compiler, target)
@@ -49,10 +65,18 @@ def load_library(cache_dir: Path) -> ctypes.CDLL:
         raise BuildError(f"the compiled ops cannot be kept or loaded: {error}") from error
 
 
+def _compiler() -> str | None:
+    return shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+
+
+def _target(compiler: str, cache_dir: Path) -> Path:
+    return cache_dir / f"ops-{_fingerprint(compiler)}.so"
+
+
 def _fingerprint(compiler: str) -> str:
     version = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
     sources = (path.read_bytes() for path in (SOURCE, *HEADERS))
-    parts = (*sources, " ".join(FLAGS).encode(), version, _processor().encode())
+    parts = (*sources, " ".join((*FLAGS, *PARTS)).encode(), version, _processor().encode())
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 
@@ -68,15 +92,42 @@ def _processor() -> str:
 
 def _compile(compiler: str, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + SECONDS
     with tempfile.TemporaryDirectory(dir=target.parent) as work:
-        built = Path(work) / "ops.so"
-        result = subprocess.run(
-            [compiler, *FLAGS, str(SOURCE), "-o", str(built)],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if result.returncode != 0:
-            lines = result.stderr.strip().splitlines() or ["no message"]
-            raise BuildError(f"{Path(compiler).name} failed: {lines[0]}")
+        start, built = [compiler, *FLAGS], Path(work) / "ops.so"
+        parts = {part: str(Path(work) / f"{part}.o") for part in PARTS}
+        source = ["-c", str(SOURCE), "-o"]
+        _run([[*start, f"-D{part}", *source, to] for part, to in parts.items()], end)
+        _run([[*start, *parts.values(), "-o", str(built)]], end)
         os.replace(built, target)
+
+
+def _run(commands: Sequence[Sequence[str]], end: float) -> None:
+    """All at once; none of them is left behind."""
+    running = [
+        subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,  # a driver's compiler and assembler are processes of their own
+        )
+        for command in commands
+    ]
+    name = Path(commands[0][0]).name
+    try:
+        for process in running:
+            _, errors = process.communicate(timeout=max(0.0, end - time.monotonic()))
+            if process.returncode != 0:
+                lines = errors.strip().splitlines() or ["no message"]
+                raise BuildError(f"{name} failed: {lines[0]}")
+    except subprocess.TimeoutExpired:
+        raise BuildError(f"{name} did not end within {SECONDS:.0f} seconds") from None
+    finally:
+        for process in running:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+            assert process.stderr is not None
+            process.stderr.close()

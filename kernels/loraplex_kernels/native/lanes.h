@@ -7,13 +7,14 @@
 #include <cstdint>
 #include <cstring>
 
+// Of the whole library. OpenMP's own setting is a thread's, and steps run on a thread of their own.
+[[gnu::visibility("hidden")]] inline int num_threads = 1;
+
 namespace {
 
 // Multiplications from which a second thread pays for being woken: 70 us (measured) under OpenMP's
 // passive waiting, which leaves the cores to others.
 constexpr int64_t kWorthWaking = 1'000'000;
-
-int num_threads = 1;  // OpenMP's own setting is a thread's, and steps run on a thread of their own
 
 struct bf16 {
     uint16_t bits;

@@ -16,11 +16,13 @@
 namespace {
 
 constexpr int64_t kRank = 16;       // GRANULE_RANK
-constexpr int64_t kRows = 4;        // rows that share one pass over a granule without tiles
+constexpr int64_t kRows = 4;        // rows that share one pass over a granule in plain vectors
 constexpr int64_t kLoraRows = 16;   // rows of a segment that share one pass in tiles
-constexpr int64_t kFewRows = 4;     // up to which vectors are quicker than tiles
+constexpr int64_t kFewRows = 4;     // up to which vectors are quicker than tiles: one pass of theirs
 constexpr int64_t kGroup = 4;       // granules whose sums are added up before they meet others
 constexpr int64_t kLineBytes = 64;  // of v: 16 floats, or 16 pairs of bf16 that add up to one (in tiles)
+static_assert(kRows == 4 && kFewRows == 4 && kGroup == 4, "each count up to 4 is named where it is chosen");
+static_assert(kFewRows <= kLoraRows && kRank * 4 == kLineBytes, "a line a row, of chunks");
 
 struct Tables {
     const int64_t* offset;
@@ -86,8 +88,13 @@ struct LoraPlan {
         return {step.arena, t.offset + 2 * entry, t.scale + entry, t.num_granules[cell]};
     }
     // Whole chunks are read, past the last row too.
-    int64_t v_bytes(int64_t num_projections) const { return (num_rows + kLoraRows) * row_bytes(num_projections); }
+    static int64_t v_bytes(int64_t rows, int64_t num_projections, int64_t granules) {
+        return (rows + kLoraRows) * num_projections * granules * kLineBytes;
+    }
+    int64_t v_bytes(int64_t num_projections) const { return v_bytes(num_rows, num_projections, step.tables.granules); }
     int64_t row_bytes(int64_t num_projections) const { return num_projections * step.tables.granules * kLineBytes; }
+    // At most, of its own lists.
+    static int64_t own_bytes(int64_t rows) { return 2 * kGrowth * rows * static_cast<int64_t>(sizeof(Segment)); }
     char* line(void* v, int64_t row, int64_t projection, int64_t num_projections) const {
         return static_cast<char*>(v) + row * row_bytes(num_projections) +
                projection * step.tables.granules * kLineBytes;

@@ -10,7 +10,7 @@
 
 namespace {
 
-constexpr int64_t kFew = 4;  // rows of a pass
+constexpr int kIntoL1 = 3, kIntoL2 = 2;  // `__builtin_prefetch` calls it locality
 
 // 16 floats as pairs of bf16 that add up to them.
 inline __m512i pairs_of(__m512 whole) {
@@ -20,8 +20,8 @@ inline __m512i pairs_of(__m512 whole) {
     return _mm512_or_si512(high, _mm512_slli_epi32(low, 16));
 }
 
-// Asks for some memory, share by share.
-template <_mm_hint Hint>
+// Asks for some memory, share by share, into the cache that is named.
+template <int Locality>
 class Stream {
   public:
     Stream(const bf16* from, int64_t count)
@@ -31,7 +31,7 @@ class Stream {
     // One of `shares`.
     void share(int64_t shares) {
         const char* until = std::min(end_, at_ + (bytes_ + shares * 64 - 1) / (shares * 64) * 64);
-        for (; at_ < until; at_ += 64) _mm_prefetch(at_, Hint);
+        for (; at_ < until; at_ += 64) __builtin_prefetch(at_, 0, Locality);
     }
 
   private:
@@ -39,18 +39,22 @@ class Stream {
     int64_t bytes_;
 };
 
-// Up to kFew rows of x as floats, [row][0: even k, 1: odd k][k / 2]; zeros from k on.
+// Up to kFewRows rows of x as floats, [row][0: even k, 1: odd k][k / 2]; zeros from k on.
 class FewInputs {
   public:
     void spread(const bf16* x, int64_t rows, int64_t k) {
         half_ = (k + 31) / 32 * kTile;
-        memory_.resize(std::max<size_t>(memory_.size(), kFew * 2 * half_ + 16));
+        memory_.resize(std::max<size_t>(memory_.size(), kFewRows * 2 * half_ + 16));
         for (int64_t j = 0; j < rows; ++j)
             for (int64_t i = 0; i < k; i += 32) {
                 const __m512i pairs = _mm512_maskz_loadu_epi16(first_of_32(k - i), x + j * k + i);
                 _mm512_store_ps(of(j) + i / 2, first_of_pairs(pairs));
                 _mm512_store_ps(of(j) + half_ + i / 2, second_of_pairs(pairs));
             }
+    }
+    // At most, for inputs of up to k.
+    static int64_t own_bytes(int64_t k) {
+        return kGrowth * (kFewRows * 2 * ((k + 31) / 32) * kTile + 16) * static_cast<int64_t>(sizeof(float));
     }
     float* of(int64_t row) { return aligned(memory_.data()) + row * 2 * half_; }
     int64_t half() const { return half_; }
@@ -63,8 +67,8 @@ class FewInputs {
 // v = scale * A x of Rows rows and one granule. Meanwhile a granule of the same size that comes next is asked
 // for, and the same one's B, both in the order of their addresses.
 template <int64_t Rows>
-void shrink_few(FewInputs& inputs, const bf16* a, float scale, int64_t k, Stream<_MM_HINT_T0> next,
-                Stream<_MM_HINT_T1> b, char* v, int64_t v_stride) {
+void shrink_few(FewInputs& inputs, const bf16* a, float scale, int64_t k, Stream<kIntoL1> next,
+                Stream<kIntoL2> b, char* v, int64_t v_stride) {
     const int64_t steps = (k + 31) / 32;
     __m512 sum[Rows];
     const float* x[Rows];
@@ -99,7 +103,10 @@ inline void shrink_few(FewInputs& inputs, const Granules& granules, int64_t rows
                        int64_t width, char* v, int64_t v_stride) {
     for (int64_t g = 0; g < granules.count; ++g) {
         const bf16* next = g + 1 < granules.count ? granules.a<bf16>(g + 1) : ahead;
-        const auto run = rows == 1 ? shrink_few<1> : rows == 2 ? shrink_few<2> : rows == 3 ? shrink_few<3> : shrink_few<kFew>;
+        const auto run = rows == 1   ? shrink_few<1>
+                         : rows == 2 ? shrink_few<2>
+                         : rows == 3 ? shrink_few<3>
+                                     : shrink_few<kFewRows>;
         run(inputs, granules.a<bf16>(g), granules.scales[g], k, {next, next ? kRank * k : 0},
             {granules.b<bf16>(g), kRank * width}, v + g * kLineBytes, v_stride);
     }
@@ -108,7 +115,7 @@ inline void shrink_few(FewInputs& inputs, const Granules& granules, int64_t rows
 // panel += B v of Rows rows and 16 * Halves outputs from n on, of which the last 16 are masked.
 template <int64_t Rows, int64_t Halves>
 inline void expand_few(const bf16* const* b, int64_t granules, int64_t width, __mmask16 mask,
-                       const float (*v)[kFew][2][kRank], float* panel, int64_t stride) {
+                       const float (*v)[kFewRows][2][kRank], float* panel, int64_t stride) {
     __m512 total[Rows][Halves];
     for (int64_t g = 0; g < granules; ++g) {
         __m512 high[Rows][Halves], low[Rows][Halves];
@@ -147,7 +154,7 @@ inline void expand_few(const bf16* const* b, int64_t granules, int64_t width, __
 
 template <int64_t Rows>
 void expand_few(const Granules& granules, const char* v, int64_t v_stride, const Target& to) {
-    alignas(64) float spread[kGroup][kFew][2][kRank];
+    alignas(64) float spread[kGroup][kFewRows][2][kRank];
     for (int64_t from = 0; from < granules.count; from += kGroup) {
         const int64_t count = std::min(kGroup, granules.count - from);
         const bf16* b[kGroup];
@@ -170,12 +177,10 @@ void expand_few(const Granules& granules, const char* v, int64_t v_stride, const
     }
 }
 
-inline void expand_few(const Granules& granules, const char* v, int64_t v_stride, int64_t rows, Target to) {
-    for (int64_t lo = 0; lo < rows; lo += kFew) {
-        const int64_t count = std::min(kFew, rows - lo);
-        const auto run = count == 1 ? expand_few<1> : count == 2 ? expand_few<2> : count == 3 ? expand_few<3> : expand_few<kFew>;
-        run(granules, v + lo * v_stride, v_stride, {to.panel + lo * to.stride, to.stride, to.lo, to.hi, to.width});
-    }
+// Of up to kFewRows rows.
+inline void expand_few(const Granules& granules, const char* v, int64_t v_stride, int64_t rows, const Target& to) {
+    const auto run = rows == 1 ? expand_few<1> : rows == 2 ? expand_few<2> : rows == 3 ? expand_few<3> : expand_few<kFewRows>;
+    run(granules, v, v_stride, to);
 }
 
 }  // namespace

@@ -18,6 +18,8 @@ class Shrinker {
         memory.resize(std::max<size_t>(memory.size(), steps_ * 1024 + 64));
         packed_ = reinterpret_cast<bf16*>(aligned(memory.data()));
     }
+    // At most, for inputs of up to k.
+    static int64_t own_bytes(int64_t k) { return kGrowth * ((k + 31) / 32 * 1024 + 64); }
     void run(const Granules& granules, char* v, int64_t v_stride) {
         for (int64_t g = 0; g < granules.count; g += kGroup) switch (granules.count - g) {
                 case 1: run<1>(granules, g, v, v_stride); break;
@@ -53,7 +55,7 @@ class Shrinker {
         const bf16* a[Count];
         for (int64_t g = 0; g < Count; ++g) a[g] = granules.a<bf16>(from + g);
         if (!is_packed_) pack(a[0]);
-        for (int64_t g = 0; g < Count; ++g) Stream<_MM_HINT_T1>(granules.b<bf16>(from + g), kRank * width_).share(1);
+        for (int64_t g = 0; g < Count; ++g) Stream<kIntoL2>(granules.b<bf16>(from + g), kRank * width_).share(1);
         written();
         _tile_zero(0);
         if constexpr (Count > 1) _tile_zero(1);

@@ -3,6 +3,8 @@
 // Activations (T) and cached or stored weights are bfloat16 or float; every sum is a float's. Loops
 // are written for the compiler's vectoriser; work is split so that a row's result here never depends on
 // which other rows share the batch.
+//
+// Compiled in two parts, with LORAPLEX_BF16 and with LORAPLEX_F32: by what type they are for.
 
 #include "attention.h"
 #include "elementwise.h"
@@ -10,8 +12,6 @@
 #include "linear.h"
 #include "lora.h"
 #include "stack.h"
-
-extern "C" void loraplex_set_num_threads(int count) { num_threads = count; }
 
 #define LORAPLEX_ACTIVATION(SUFFIX, T)                                                                       \
     extern "C" void loraplex_add_rms_norm_##SUFFIX(float* residual, const T* delta, const float* weight,     \
@@ -54,8 +54,14 @@ extern "C" void loraplex_set_num_threads(int count) { num_threads = count; }
                         reinterpret_cast<const Projection*>(projections), num_projections);                  \
     }
 
-LORAPLEX_ACTIVATION(bf16, bf16)
+#ifdef LORAPLEX_F32
 LORAPLEX_ACTIVATION(f32, float)
+#endif
+
+#ifdef LORAPLEX_BF16
+LORAPLEX_ACTIVATION(bf16, bf16)
+
+extern "C" void loraplex_set_num_threads(int count) { num_threads = count; }
 
 // Whether `loraplex_nf4_linear` may be called.
 extern "C" int loraplex_has_amx() { return LORAPLEX_AMX && amx_is_permitted(); }
@@ -68,5 +74,10 @@ extern "C" void loraplex_nf4_linear(const bf16* x, const uint8_t* codes, const f
 
 extern "C" void* loraplex_stack_new(const Model* model) { return new Stack(*model); }
 extern "C" void loraplex_stack_delete(void* stack) { delete static_cast<Stack*>(stack); }
+extern "C" int64_t loraplex_stack_bytes(const void* stack, int64_t rows, int64_t logits, int64_t sequences,
+                                        int64_t context, int64_t granules) {
+    return static_cast<const Stack*>(stack)->num_bytes({rows, logits, sequences, context, granules});
+}
 extern "C" void loraplex_stack_run(void* stack, const Step* step) { static_cast<Stack*>(stack)->run(*step); }
+#endif
 #endif

@@ -11,6 +11,8 @@ namespace {
 
 inline int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
+constexpr int64_t kGrowth = 3;  // a std::vector that grows: twice what it holds, and what it held before
+
 // Tile loads are not seen as reads of memory by the compiler: what was written must be there.
 inline void written() { asm volatile("" ::: "memory"); }
 

@@ -69,12 +69,17 @@ struct Step {
     int64_t* nanoseconds;         // [kNumPhases], added to; may be null
 };
 
+struct StepLimits {
+    int64_t rows, logits, sequences, context, granules;  // context: tokens of one sequence
+};
+
 // Memory that grows to what the largest step so far needed.
 template <typename T>
 class Buffer {
   public:
     T* at_least(int64_t count) {
         if (count > size_) {
+            memory_.reset();
             memory_.reset(new char[count * sizeof(T) + 64]);
             size_ = count;
         }
@@ -91,10 +96,15 @@ class Stack {
     explicit Stack(const Model& model) : model_(model) {}
 
     void run(const Step& step);
+    // What its memory comes to, at most, with steps within these limits.
+    int64_t num_bytes(const StepLimits& most) const;
 
   private:
     static constexpr int64_t kMaxProjections = 3;
     static constexpr int64_t kMaxPhases = 14;  // of a layer
+
+    int64_t widest() const { return std::max({model_.hidden, model_.intermediate, model_.heads * model_.head_dim}); }
+    int64_t num_phases() const { return kMaxPhases * model_.num_layers + 2; }
 
     Cache cache_of(const Step& step) const {
         return {step.stride_block, model_.kv_heads, step.block_tokens, model_.head_dim};
@@ -268,9 +278,22 @@ class Stack::Worker {
     int64_t last_ = 0;
 };
 
+inline int64_t Stack::num_bytes(const StepLimits& most) const {
+    const Model& m = model_;
+    const int64_t columns = AttentionPlan::columns_of_item(m.heads / m.kv_heads), element = sizeof(bf16);
+    const int64_t of_thread = panel_size(widest()) * element + AttentionPlan::scratch_size(m.head_dim, columns) +
+                              FewInputs::own_bytes(widest()) + Shrinker::own_bytes(widest());
+    const int64_t shared = packed_size(std::max(most.rows, most.logits), widest()) * element +
+                           LoraPlan::v_bytes(most.rows, kMaxProjections, most.granules) +
+                           LoraPlan::own_bytes(most.rows) + num_phases() * static_cast<int64_t>(sizeof(PhaseState)) +
+                           AttentionPlan::own_bytes(m.heads, m.kv_heads, m.head_dim, most.rows, most.sequences,
+                                                    most.context);
+    return num_threads * of_thread + shared + 4 * 64;  // and what aligns the buffers
+}
+
 inline void Stack::run(const Step& step) {
     const Model& m = model_;
-    const int64_t threads = num_threads, widest = std::max({m.hidden, m.intermediate, m.heads * m.head_dim});
+    const int64_t threads = num_threads, widest = this->widest();
     packed_ = packed_memory_.at_least(packed_size(std::max(step.rows, step.num_logits), widest));
     bf16* const panels = panel_memory_.at_least(threads * panel_size(widest));
     attention_.build({step.block_tables, step.contexts, step.query_starts, step.max_blocks, step.num_sequences,
@@ -284,9 +307,8 @@ inline void Stack::run(const Step& step) {
                     step.rows);
         v_ = v_memory_.at_least(lora_.v_bytes(kMaxProjections));
     }
-    const int64_t num_phases = kMaxPhases * m.num_layers + 2;
-    if (!phases_) phases_.reset(new PhaseState[num_phases]);
-    for (int64_t i = 0; i < num_phases; ++i) phases_[i].reset();
+    if (!phases_) phases_.reset(new PhaseState[num_phases()]);
+    for (int64_t i = 0; i < num_phases(); ++i) phases_[i].reset();
 #pragma omp parallel num_threads(threads)
     {
         const Tiles tiles;

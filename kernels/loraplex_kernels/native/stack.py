@@ -8,7 +8,8 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from loraplex_kernels.stack import Stack, StackedLinear, StackStep
+from loraplex_kernels.stack import Stack, StackedLinear, StackStep, StepLimits
+from loraplex_kernels.tables import GRANULE_RANK
 
 PHASES = (
     "norm",
@@ -23,8 +24,6 @@ PHASES = (
     "head",
 )
 """Parts of a step, in the order of stack.h's `Phase`."""
-
-_PANEL_ROWS = 32  # outputs whose weights a thread holds dequantised
 
 
 class _Weight(Structure):
@@ -129,6 +128,8 @@ class NativeStack:
         self._run.argtypes, self._run.restype = (c_void_p, POINTER(_Step)), None
         self._delete = library.loraplex_stack_delete
         self._delete.argtypes, self._delete.restype = (c_void_p,), None
+        self._bytes = library.loraplex_stack_bytes
+        self._bytes.argtypes, self._bytes.restype = (c_void_p, *(c_int64,) * 5), c_int64
         self._native = new(model)
         self._times: Tensor | None = None
 
@@ -153,12 +154,17 @@ class NativeStack:
             num_projections=len(projections),
         )
 
-    def num_bytes(self, max_rows: int) -> int:
-        stack = self._stack
-        layer = stack.layers[0]
-        widest = max(linear.weight.nf4.in_features for linear in (layer.qkv, layer.o, layer.down))
-        rows = -(-max_rows // 16) * 16
-        return 2 * widest * (rows + _PANEL_ROWS * torch.get_num_threads())
+    def num_bytes(self, limits: StepLimits) -> int:
+        return int(
+            self._bytes(
+                self._native,
+                limits.max_rows,
+                limits.max_logits,
+                limits.max_sequences,
+                limits.context_length,
+                -(-limits.max_rank // GRANULE_RANK),
+            )
+        )
 
     def run(self, step: StackStep) -> None:
         where, lora, cache = step.attention, step.lora, step.kv_cache

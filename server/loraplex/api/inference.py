@@ -7,6 +7,7 @@ from importlib.metadata import version
 
 from loraplex_protos.v1 import inference_pb2 as pb
 
+from loraplex.adapters.store import TENANT
 from loraplex.api.adaptation import Adaptation, adaptation, named_adapters
 from loraplex.api.calls import Call
 from loraplex.api.generation import Generation
@@ -159,6 +160,7 @@ class InferenceServicer:
             digest=target.digest,
             blend=target.blend,
             adapter_start=target.adapter_start,
+            tenant=TENANT,
             priority=request.priority,
             deadline=call.deadline,
         )

@@ -20,9 +20,14 @@ GROUPED = 512.0
 HEADROOM = 8
 """One place in so many is left to clients that hold less than their fair share."""
 
+HEADROOM_STEPS = 64
+"""So many steps after one of those places was last taken by a client that held less than half its
+share, a single one is left: places that nobody comes for are of use to those who wait."""
+
 
 class Admission:
-    """Works on the roster's books; has no state of its own."""
+    """Works on the roster's books. Mutable: `_num_steps`, and `_last_needed`, the one in which such
+    a client last took one of the places that were left to it."""
 
     def __init__(self, roster: Roster) -> None:
         self._roster = roster
@@ -32,6 +37,8 @@ class Admission:
         self._running = roster.running
         self._fair = roster.fair
         self._config = roster.config
+        self._num_steps = 0
+        self._last_needed = 0
 
     def in_order(self, plan: Plan) -> Iterator[Sequence]:
         """Those who wait, but one of each client until it was let in."""
@@ -44,7 +51,7 @@ class Admission:
 
         def rank(client: Client, first: Sequence) -> Rank:
             amount = served(client)
-            digest = client[1]
+            digest = first.digest
             if digest is None or client in held or first.num_overtaken or not first.is_overtakable:
                 distance = 0  # it adds no adapter to the step, or had to stand back enough
             else:
@@ -62,6 +69,7 @@ class Admission:
         )
 
     def admit(self, plan: Plan) -> None:
+        self._num_steps += 1
         keep: set[str] = set()  # what those so far in the queue need
         claimed = NO_ROOM  # and what those of them who are passed over will take besides
         passed: list[Sequence] = []  # of them, those who wait for memory
@@ -81,7 +89,7 @@ class Admission:
                 if not sequence.is_overtakable:
                     return
                 continue
-            elif has_room := self._roster.start(sequence, keep, plan):
+            elif has_room := self._start(sequence, keep, plan):
                 for one in passed:
                     one.num_overtaken += 1
                 continue
@@ -94,6 +102,15 @@ class Admission:
                 passed.append(sequence)
             claimed = self._claim(sequence, claimed, plan)
 
+    def _start(self, sequence: Sequence, keep: set[str], plan: Plan) -> bool:
+        limit, places = self._config.max_running, plan.places
+        is_last = limit - len(self._running) <= limit // HEADROOM
+        is_under = 2 * places.held[sequence.client] * places.fair.num_clients < limit
+        has_room = self._roster.start(sequence, keep, plan)
+        if has_room and is_last and is_under:
+            self._last_needed = self._num_steps
+        return has_room
+
     def may_start(self, sequence: Sequence, plan: Plan) -> bool:
         """Whether it may have a place that is free, and would get any of this step's tokens."""
         before = [s for s in plan.prefilling if s.priority >= sequence.priority]
@@ -105,7 +122,10 @@ class Admission:
     def _may_have_place(self, sequence: Sequence, plan: Plan) -> bool:
         """Of clients with their share of places, the one served most leaves the last to others."""
         limit, places = self._config.max_running, plan.places
-        if limit - len(self._running) > limit // HEADROOM:
+        headroom = limit // HEADROOM
+        if self._num_steps - self._last_needed > HEADROOM_STEPS:
+            headroom = min(1, headroom)
+        if limit - len(self._running) > headroom:
             return True
         if any(s.priority < sequence.priority for s in self._running):
             return True

@@ -12,8 +12,8 @@ from loraplex_kernels.vocabulary import Vocabulary, VocabularyInput
 from torch import Tensor
 
 from loraplex.adapters.packing import Placed
-from loraplex.engine.scheduler import Scheduled
 from loraplex.engine.sequence import Sequence
+from loraplex.engine.step import Scheduled
 from loraplex.model.decoder import DecoderInput
 
 

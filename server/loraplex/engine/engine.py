@@ -114,13 +114,15 @@ class Engine(Generic[P]):
         self._config = config
         self._clock = clock
         self._loop = asyncio.get_running_loop()
+        # The event loop's.
         self._intake = Intake(config.max_live, scheduler.config.max_running)
-        self._streams: dict[str, TokenStream] = {}  # the event loop's, as these two and the intake
+        self._streams: dict[str, TokenStream] = {}
         self._asked: set[asyncio.Future[None]] = set()
-        self._stopped = False
+        self._is_closed = False  # to new requests
         self.crashed = asyncio.Event()  # set when the thread ended by itself: nothing runs any more
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
-        self._live: dict[str, Sequence] = {}  # the engine thread's, as all below
+        # The engine thread's.
+        self._live: dict[str, Sequence] = {}
         self._supply = Supply(
             scheduler, runner, loader, host, observer, clock, self._inbox.put, self._fail_waiting
         )
@@ -129,7 +131,7 @@ class Engine(Generic[P]):
         self._last_run = 0.0  # seconds
         self._served = 0.0  # while somebody waited, and not told of yet; and the seconds it took
         self._served_in = 0.0
-        self._stopping = False
+        self._is_stopping = False
         self._thread = threading.Thread(target=self._run, name="loraplex-engine", daemon=True)
 
     def start(self) -> None:
@@ -137,7 +139,7 @@ class Engine(Generic[P]):
 
     def submit(self, sequence: Sequence) -> TokenStream:
         """Queue a request; its events come from the stream. Raises RequestError when refused."""
-        if self._stopped:
+        if self._is_closed:
             raise RequestError("DRAINING", "the server is shutting down", retry_after=5.0)
         if sequence.request_id in self._streams:
             raise RequestError(
@@ -194,7 +196,7 @@ class Engine(Generic[P]):
         await asyncio.to_thread(self._thread.join)
 
     def _end_streams(self, error: RequestError) -> None:
-        self._stopped = True
+        self._is_closed = True
         for stream in self._streams.values():
             stream.push(error)
             self._intake.leave(stream.sequence)
@@ -204,7 +206,7 @@ class Engine(Generic[P]):
 
     async def _ask(self, work: Callable[[Callable[[Exception | None], None]], None]) -> None:
         """Have the engine thread do it, and wait for what it answers: nothing, or why not."""
-        if self._stopped:
+        if self._is_closed:
             raise RequestError("DRAINING", "the server is shutting down", retry_after=5.0)
         asked = self._loop.create_future()
         self._asked.add(asked)
@@ -221,7 +223,7 @@ class Engine(Generic[P]):
     def _run(self) -> None:
         busy = False
         try:
-            while not self._stopping:
+            while not self._is_stopping:
                 self._drain_inbox(wait=not busy)
                 busy = self._step()
         except Exception:
@@ -350,7 +352,7 @@ class Engine(Generic[P]):
             self._scheduler.abort(sequence)
 
     def _stop(self) -> None:
-        self._stopping = True
+        self._is_stopping = True
         for request_id in list(self._live):
             self._abort(request_id)
 

@@ -5,7 +5,8 @@ that grows with the service it gets, and the one with the smallest goes first. A
 nobody waiting and comes again is lifted to the smallest counter of those who wait, so that nobody
 saves up a share that went unused; where nobody waits, to the counter of the last who did.
 
-A client is a tenant with one adapter version, or blend; the bare base is a client like any other.
+A client is a tenant with one adapter version, or the members of a blend; the bare base is a client
+like any other.
 """
 
 from collections import OrderedDict
@@ -84,7 +85,7 @@ class FairShare:
 
     def __repr__(self) -> str:
         rows = [
-            f"{tenant}/{(digest or '-')[:8]} {self._counters[tenant, digest]:.0f}"
-            for tenant, digest in self._counters
+            f"{tenant}/{'+'.join(version[:8] for version in versions) or '-'} {counter:.0f}"
+            for (tenant, versions), counter in self._counters.items()
         ]
         return f"FairShare({', '.join(rows)})"

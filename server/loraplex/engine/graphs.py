@@ -30,7 +30,7 @@ from torch import Tensor
 
 from loraplex.config import format_size
 from loraplex.engine.batch import DeviceMemory, slot_at
-from loraplex.engine.scheduler import Scheduled
+from loraplex.engine.step import Scheduled
 from loraplex.engine.transfer import CopyStream, CudaCopyStream, Event
 from loraplex.model.decoder import DecoderInput
 from loraplex.model.loader import Progress

@@ -1,8 +1,10 @@
 """Who may join the queue, and how long that would take to come to a first token. Pure.
 
 The queue is shared by dynamic thresholds: Choudhury and Hahne, "Dynamic Queue Length Thresholds for
-Shared-Memory Packet Switches" (1998). A client may have as many requests here as `PER_FREE` times
-what is still free, so that one alone may fill most of the queue, and never all of it.
+Shared-Memory Packet Switches" (1998). Of a client as many may wait as `PER_FREE` times what is
+still free of the queue, so that one alone may fill most of it, and never all of more than four
+places. Those count as waiting that go beyond the client's share of the places to run, or beyond
+what others leave of them.
 
 A wait is estimated from the work of those who have no first token yet and the rate at which the
 engine gets through work while there is a queue. Under fair share a newcomer has before it what its
@@ -21,6 +23,9 @@ PER_FREE = 4
 
 MEMORY = 10.0
 """Seconds over which the rate is averaged."""
+
+MAX_SECONDS = MEMORY / 4
+"""No step counts as longer, so that one alone does not make the rate."""
 
 MIN_SECONDS = 1.0
 MIN_FINISHED = 8
@@ -84,9 +89,10 @@ class Intake:
 
     def served(self, amount: float, seconds: float) -> None:
         """The engine did so much in so long, while somebody waited."""
-        fading = exp(-seconds / MEMORY)
-        self._amount = fading * self._amount + amount
-        self._seconds = fading * self._seconds + seconds
+        counted = min(seconds, MAX_SECONDS)
+        fading = exp(-counted / MEMORY)
+        self._amount = fading * self._amount + amount * (counted / seconds)
+        self._seconds = fading * self._seconds + counted
 
     def wait(self, sequence: Sequence) -> float | None:
         """Seconds until it has a token, if it came now; None: too little is known."""
@@ -110,11 +116,18 @@ class Intake:
         free = self._max_live - self._num_live
         if free <= 0:
             raise self._full("too many requests are waiting (--max-waiting)", sequence)
-        if self._num_live >= self._max_running and self._live[sequence.client] >= PER_FREE * free:
+        if self._num_live >= self._max_running and self._beyond(sequence.client) >= PER_FREE * free:
             whose = "this adapter" if sequence.digest is not None else "the base model"
             raise self._full(
                 f"too many requests for {whose} are waiting; others may come", sequence
             )
+
+    def _beyond(self, client: Client) -> float:
+        """How many of the client's requests are more than its places."""
+        own = self._live[client]
+        num_clients = len(self._live) + (own == 0)
+        left = self._max_running - (self._num_live - own)
+        return own - max(left, self._max_running / num_clients)
 
     def _full(self, message: str, sequence: Sequence) -> RequestError:
         wait = self.wait(sequence) or 0.0

@@ -82,7 +82,7 @@ class KVMemory:
         size, table = self._block_tokens, sequence.block_table
         first = sequence.num_computed // size
         parent = self._prefixes.at(table[first - 1]) if first else None
-        if first and parent is None:
+        if first and (parent is None or not parent.is_cached):
             return
         num_found = 0
         for node in self._follow(sequence, first, parent):
@@ -135,6 +135,8 @@ class KVMemory:
         while first and self._prefixes.at(table[first - 1]) is None:
             first -= 1
         parent = self._prefixes.at(table[first - 1]) if first else None
+        if parent is not None and not parent.is_cached:  # nor is what comes after it
+            return
         for index in range(first, num_full):
             key = key_of(sequence, index * size, (index + 1) * size, parent)
             node = self._prefixes.find(key)
@@ -151,7 +153,7 @@ class KVMemory:
         self._let_go(sequence)
 
     def discard(self, sequence: Sequence) -> None:
-        """Let go of a running sequence's blocks, and keep none of them for others."""
+        """Let go of a running sequence's blocks, and keep none of them for others to find."""
         self._prefixes.discard(self._let_go(sequence))
 
     def check_integrity(self, running: Iterable[Sequence]) -> None:

@@ -14,8 +14,8 @@ from loraplex.adapters.packing import PackedAdapter, Placed, blended
 from loraplex.engine.batch import DeviceMemory, build_input
 from loraplex.engine.graphs import Capture, DecodeGraphs, capture_on_cuda
 from loraplex.engine.sampler import sample
-from loraplex.engine.scheduler import Drawn, Scheduled
 from loraplex.engine.sequence import SamplingParams, Sequence, StopParams
+from loraplex.engine.step import Drawn, Scheduled
 from loraplex.engine.transfer import copier_for
 from loraplex.model.config import MODULES, ModelConfig
 from loraplex.model.decoder import Activations, Decoder, DecoderInput

@@ -46,8 +46,9 @@ class Pace:
         self._num_prefill_steps = 0
 
     def learn(self, load: StepLoad, seconds: float) -> None:
-        """A step took so long."""
-        if seconds <= 0:
+        """A step took so long. One with drafts is passed over: they do not cost what prompt
+        tokens do."""
+        if seconds <= 0 or load.num_drafts:
             return
         if not self._first:
             self._begin(seconds)

@@ -10,6 +10,7 @@ have the base's keys, and are everybody's; the one that the start falls into has
 
     held       by running sequences, that only read it; so are all blocks before it in the chain
     idle       by nobody; it stays until its room is wanted
+    discarded  held, but never found again; it goes with the last who holds it
 
 Most prompts are never seen again, but a prefix that was found once is likely to be found once more,
 and costs far more to compute than an adapter of the same size to copy. So the age of an idle block,
@@ -54,12 +55,13 @@ class Node:
     references: int = 0
     was_found: bool = False  # again, by a sequence that had not computed it
     last_use: int = 0  # of the arena, when it became idle
-    is_cached: bool = True
+    is_cached: bool = True  # can be found
 
 
 class PrefixCache:
-    """Mutable: `_nodes`, parents before children; `_by_block`, the same; and those of them that are
-    idle, the oldest first: `_unfound`, of use to nobody but who computed them, and `_found`.
+    """Mutable: `_nodes`, parents before children; `_by_block`, these and the discarded ones; and
+    those that are idle, the oldest first: `_unfound`, of use to nobody but who computed them, and
+    `_found`.
 
     A child is never idle for less long than its parent, and was never found where its parent was
     not: so children come before their parents in the order in which blocks go.
@@ -101,10 +103,14 @@ class PrefixCache:
         for node in reversed(nodes):
             assert node.references > 0, "a block is released more often than acquired"
             node.references -= 1
-            if not node.references:
-                node.last_use = now
-                self._idle(node)[node.block] = node
-                self._arena.turn(node.block, Use.CACHED)
+            if node.references:
+                continue
+            if not node.is_cached:
+                self._free(node)
+                continue
+            node.last_use = now
+            self._idle(node)[node.block] = node
+            self._arena.turn(node.block, Use.CACHED)
 
     # What gives way.
 
@@ -134,27 +140,38 @@ class PrefixCache:
 
     def forget(self, version: str) -> None:
         """Nobody will ask for this adapter version again."""
-        self._drop_all(node for node in self._nodes.values() if version in node.versions)
+        nodes = self._nodes.values()
+        for node in [n for n in nodes if version in n.versions and not n.references]:
+            self._drop(node)
 
     def discard(self, nodes: Collection[Node]) -> None:
-        """What is idle of these is not to be trusted, nor what was computed after it."""
-        gone = {node.number for node in nodes}
+        """These are not to be trusted, nor what was computed after them: nobody finds them again.
+
+        Whoever holds them keeps them.
+        """
+        gone = {node.number for node in nodes if node.is_cached}
         for node in self._nodes.values():
             if node.parent is not None and node.parent.number in gone:
                 gone.add(node.number)
-        self._drop_all(node for node in self._nodes.values() if node.number in gone)
+        for node in [node for node in self._nodes.values() if node.number in gone]:
+            if not node.references:
+                self._drop(node)
+                continue
+            del self._nodes[node.key]
+            node.is_cached = False
 
     def clear(self) -> None:
         """All that is idle."""
         self.evict(self.num_idle)
 
-    def _drop_all(self, nodes: Iterator[Node]) -> None:
-        for node in [node for node in nodes if not node.references]:
-            self._drop(node)
-
     def _drop(self, node: Node) -> None:
-        del self._idle(node)[node.block], self._nodes[node.key], self._by_block[node.block]
+        """One that is idle."""
+        del self._idle(node)[node.block], self._nodes[node.key]
         node.is_cached = False
+        self._free(node)
+
+    def _free(self, node: Node) -> None:
+        del self._by_block[node.block]
         self._arena.free([node.block])
 
     def _idle(self, node: Node) -> OrderedDict[int, Node]:
@@ -162,9 +179,10 @@ class PrefixCache:
 
     def check_integrity(self, held: "Counter[Node]") -> None:
         """`held`: how many running sequences hold each."""
-        nodes = self._nodes.values()
-        assert held == Counter({n: n.references for n in nodes if n.references}), "miscounted"
-        assert set(nodes) == set(self._by_block.values()), "keys and blocks disagree"
+        nodes, kept = self._nodes.values(), self._by_block.values()
+        assert held == Counter({n: n.references for n in kept if n.references}), "miscounted"
+        assert set(nodes) == {node for node in kept if node.is_cached}, "keys and blocks disagree"
+        assert all(node.is_cached or node.references for node in kept), "discarded, and kept"
         idle = [node for _, node in self._in_order()]
         assert set(idle) == {node for node in nodes if not node.references}, "idle or not"
         assert len(idle) == self._arena.count(Use.CACHED), "cached blocks are miscounted"

@@ -1,6 +1,7 @@
 """The books of the scheduler: who waits, who runs, and what those hold. Pure."""
 
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from loraplex.adapters.pool import AdapterPool, Bind, Load
@@ -8,7 +9,7 @@ from loraplex.engine.displacement import Places
 from loraplex.engine.fair_share import FairShare
 from loraplex.engine.fitting import SizeOf
 from loraplex.engine.kv_memory import KVMemory
-from loraplex.engine.sequence import Phase, Sequence
+from loraplex.engine.sequence import Client, Phase, Sequence
 from loraplex.engine.step import Scheduled
 from loraplex.engine.waiting import WaitingQueue
 from loraplex.errors import RequestError
@@ -32,6 +33,8 @@ class Plan:
     now: float
     places: Places
     budget: int
+    extra: int = 0  # of the budget, for the prompts of those clients alone who pay for it
+    paying: Collection[Client] = ()
     rows: list[Scheduled] = field(default_factory=list)
     prefilling: dict[Sequence, int] = field(default_factory=dict)  # running; prompt tokens to go
     asking: Sequence | None = None  # one of those who wait, for whom another gave way

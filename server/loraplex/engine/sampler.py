@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from loraplex.engine.draw import argmax, draw
-from loraplex.engine.scheduler import Drawn, Sampled, Scheduled
 from loraplex.engine.sequence import Logprobs, Sequence, TokenCounts
+from loraplex.engine.step import Drawn, Sampled, Scheduled
 
 
 class _Line(NamedTuple):
@@ -41,8 +41,6 @@ def sample(logits: Tensor, rows: Seq[Scheduled]) -> list[Drawn]:
 
     logits fp32 [sum of 1 + drafts over the rows, vocab], overwritten.
     """
-    if not rows:
-        return []
     if not rows:
         return []
     lines = [_Line(row.sequence, ahead) for row in rows for ahead in range(1 + len(row.drafts))]

@@ -22,7 +22,7 @@ and copied ahead for those who wait only for a place among the running.
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Seq
 from itertools import islice
 
@@ -36,16 +36,16 @@ from loraplex.engine.prefill import split
 from loraplex.engine.roster import Plan, Roster, SchedulerConfig, needs
 from loraplex.engine.sequence import Client, FinishReason, Phase, Sequence
 from loraplex.engine.speculation import Speculator
-from loraplex.engine.step import Drawn, Outcome, Sampled, Scheduled, Step, load_of
+from loraplex.engine.step import Drawn, Outcome, Scheduled, Step, load_of
 from loraplex.errors import RequestError
 
-__all__ = ["Drawn", "Outcome", "Sampled", "Scheduled", "Scheduler", "SchedulerConfig", "Step"]
+__all__ = ["Scheduler", "SchedulerConfig"]
 
 MAX_WEIGHT = 4.0
 """So many times the usual part of a step prompts may have that go before the streams."""
 
 MAX_BURST = 16.0
-"""And so many times where more wait for a first token than there are streams, all of one burst."""
+"""And so many times where every client with streams has more that wait for a first token."""
 
 
 class Scheduler:
@@ -167,7 +167,7 @@ class Scheduler:
         held = Counter(sequence.client for sequence in self.running)
         places = Places(self.roster.fair, held, Counter())
         plan = Plan(size_of, now, places, self.config.max_step_tokens)
-        for sequence in list(self.waiting.late(now)):
+        for sequence in self.waiting.late(now):
             plan.failed.append((sequence, _too_late()))
             self.abort(sequence)
         for sequence in self.running:
@@ -191,13 +191,19 @@ class Scheduler:
             return
         if not self.roster.is_full:
             missing = self.kv.blocks_for(asking.num_tokens) - self.pool.room(needs(asking)).blocks
-            if not 0 < missing <= sum(len(s.block_table) for s in candidates):
+            if not 0 < missing <= self._num_freed(candidates):
                 return
         last = plan.places.last(candidates)
         last.num_displaced += last.priority == asking.priority
         self.roster.preempt(last, plan)
         plan.num_displaced += 1
         plan.asking = asking
+
+    def _num_freed(self, sequences: Iterable[Sequence]) -> int:
+        """Blocks that nobody holds any more once all of these are gone."""
+        held = Counter(block for sequence in sequences for block in sequence.block_table)
+        nodes = [(self.pool.prefixes.at(block), count) for block, count in held.items()]
+        return sum(node is None or node.references == count for node, count in nodes)
 
     def _first_ready(self, plan: Plan) -> Sequence | None:
         """The first that waits for a place or for memory alone, among as many as places."""
@@ -213,27 +219,39 @@ class Scheduler:
             if sequence.phase is Phase.RUNNING:  # not preempted for one before it
                 self._continue(sequence, 1, plan)
         if plan.rows and self.pace is not None:
-            plan.budget = min(plan.budget, self._paced(self.pace, plan))
+            self._slow_down(self.pace, plan)
 
-    def _paced(self, pace: Pace, plan: Plan) -> int:
-        """Prompt tokens beside the streams.
+    def _slow_down(self, pace: Pace, plan: Plan) -> None:
+        """Bound the prompt tokens beside the streams.
 
-        More where the prompts have the higher priority; and where no stream waits for another
-        client's prompts, and those who wait for their first token are more than the streams.
+        More of them where prompts have the higher priority. More also for the clients of streams,
+        where each has more that wait for their first token than streams: nobody else pays for that.
         """
         streams = [row.sequence for row in plan.rows]
         context = sum(row.start + row.num_tokens for row in plan.rows)
         position = max((s.num_computed for s in plan.prefilling), default=0)
-        num_free = self.config.max_running - len(self.running)
-        num_first = len(plan.prefilling) + min(len(self.waiting), num_free)
-        clients = self.waiting.clients | {sequence.client for sequence in plan.prefilling}
-        weight = 1.0
-        if num_first > len(streams) and clients.issuperset(s.client for s in streams):
-            weight = min(MAX_BURST, (num_first / len(streams)) ** 2)
         top = max(sequence.priority for sequence in streams)
+        weight = 1.0
         if any(sequence.priority > top for sequence in plan.prefilling):
             weight = MAX_WEIGHT
-        return pace.budget(len(streams), context, position, weight)
+        allowed = min(plan.budget, pace.budget(len(streams), context, position, weight))
+        num_streams = Counter(sequence.client for sequence in streams)
+        burst = self._burst(num_streams, plan) if weight == 1.0 else 1.0
+        if burst > 1.0:
+            most = min(plan.budget, pace.budget(len(streams), context, position, burst))
+            plan.extra, plan.paying = max(0, most - allowed), num_streams.keys()
+        plan.budget = allowed + plan.extra
+
+    def _burst(self, num_streams: Mapping[Client, int], plan: Plan) -> float:
+        """A weight: at least 1, and 1 where one of the clients has no more to come than streams."""
+        prefilling = Counter(sequence.client for sequence in plan.prefilling)
+        num_free = self.config.max_running - len(self.running)
+        free = num_free / max(1, len(self.waiting.clients))
+        ratio = min(
+            (prefilling[client] + min(self.waiting.count(client), free)) / count
+            for client, count in num_streams.items()
+        )
+        return min(MAX_BURST, max(1.0, ratio) ** 2)
 
     def _continue(self, sequence: Sequence, num_tokens: int, plan: Plan) -> None:
         num_tokens = min(num_tokens, plan.budget)
@@ -262,7 +280,7 @@ class Scheduler:
             ]
             alike = counters[order[0]] + GROUPED
             num_first = sum(counters[client] < alike for client in order)
-            for client, grant in zip(order, split(plan.budget, needs, num_first), strict=True):
+            for client, grant in zip(order, _grants(plan, order, needs, num_first), strict=True):
                 for sequence in clients[client]:
                     assert sequence.phase is Phase.RUNNING, "it has had its blocks from the start"
                     num_tokens = min(grant, sequence.num_tokens - sequence.num_computed)
@@ -325,6 +343,18 @@ class Scheduler:
             num_prompt = max(0, end - max(row.start, sequence.num_charged))
             sequence.num_charged = max(sequence.num_charged, end)
         self.roster.fair.charge(sequence.client, num_prompt, num_output)
+
+
+def _grants(plan: Plan, clients: Seq[Client], needs: Seq[int], num_first: int) -> list[int]:
+    """Tokens for each; what is extra goes to those who pay for it alone."""
+    grants = split(plan.budget - plan.extra, needs, num_first)
+    left = [
+        need - grant if client in plan.paying else 0
+        for client, need, grant in zip(clients, needs, grants, strict=True)
+    ]
+    extra = split(plan.extra, left)
+    plan.extra -= sum(extra)
+    return [grant + more for grant, more in zip(grants, extra, strict=True)]
 
 
 def _is_prefilling(sequence: Sequence) -> bool:

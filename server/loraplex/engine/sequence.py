@@ -92,8 +92,10 @@ class Finished:
     timings: Timings
 
 
-Client = tuple[str, str | None]
-"""Who shares the server fairly with others: a tenant, with an adapter version, a blend or none."""
+Client = tuple[str, tuple[str, ...]]
+"""Who shares the server fairly with others: a tenant, with the sorted versions of its adapters.
+
+Weights are not part of it: blends of the same members are one client, whatever their weights."""
 
 
 class BlendPart(NamedTuple):
@@ -177,7 +179,8 @@ class Sequence:
 
     @property
     def client(self) -> Client:
-        return (self.tenant, self.digest)
+        versions = self.versions
+        return (self.tenant, versions if len(versions) < 2 else tuple(sorted(versions)))
 
     @property
     def num_tokens(self) -> int:

@@ -67,17 +67,19 @@ class StepLoad:
 
     num_decode: int  # rows of one token, which go on
     context: int  # tokens that those read, together
-    num_prefill: int  # all other tokens, drafts included
+    num_prefill: int  # all other tokens but drafts
     prefill_context: int  # tokens that those read, together
+    num_drafts: int = 0
 
 
 def load_of(rows: Seq[Scheduled]) -> StepLoad:
-    num_decode = context = num_prefill = prefill_context = 0
+    num_decode = context = num_prefill = prefill_context = num_drafts = 0
     for row in rows:
         if row.is_decode:
             num_decode += 1
             context += row.start + 1
-        extra = row.num_tokens - row.is_decode
-        num_prefill += extra
-        prefill_context += extra * row.start + extra * extra // 2
-    return StepLoad(num_decode, context, num_prefill, prefill_context)
+            num_drafts += len(row.drafts)
+        else:
+            num_prefill += row.num_tokens
+            prefill_context += row.num_tokens * row.start + row.num_tokens * row.num_tokens // 2
+    return StepLoad(num_decode, context, num_prefill, prefill_context, num_drafts)

@@ -8,9 +8,10 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, KeysView
 from heapq import heapify, heappop, heappush, nsmallest
 from itertools import chain
+from math import inf
 from typing import TypeAlias, TypeVar
 
-from loraplex.engine.sequence import Client, Phase, Sequence
+from loraplex.engine.sequence import Client, Sequence
 
 Rank: TypeAlias = "tuple[float, ...]"
 Ranking: TypeAlias = "Callable[[Client, Sequence], Rank]"
@@ -22,22 +23,20 @@ MAX_CLIENTS = 256
 
 class WaitingQueue:
     """Mutable: `_queues` by priority and client; `_sizes`, how many of each client's wait, and
-    `_demand`, how many need each version; `_deadlines`, a heap, of those that went as well."""
+    `_demand`, how many need each version; `_timed`, those with a deadline, and `_earliest`, before
+    which none of them is late."""
 
     def __init__(self) -> None:
         self._queues: dict[int, dict[Client, deque[Sequence]]] = {}
         self._sizes = Counter[Client]()
         self._demand = Counter[str]()
-        self._deadlines: list[tuple[float, int, Sequence]] = []
-        self._num_added = 0
+        self._timed: dict[Sequence, float] = {}
+        self._earliest = inf
         self._length = 0
 
     def add(self, sequence: Sequence) -> None:
         self._queue_of(sequence).append(sequence)
         self._count(sequence)
-        if sequence.deadline is not None:
-            self._num_added += 1
-            heappush(self._deadlines, (sequence.deadline, self._num_added, sequence))
 
     def put_back(self, sequence: Sequence) -> None:
         """One that ran and had to give way: it is its client's next."""
@@ -53,6 +52,7 @@ class WaitingQueue:
         if not clients:
             del self._queues[sequence.priority]
         self._length -= 1
+        self._timed.pop(sequence, None)
         _subtract(self._sizes, sequence.client)
         for version in sequence.versions:
             _subtract(self._demand, version)
@@ -87,12 +87,14 @@ class WaitingQueue:
         client = min(clients, key=lambda client: rank(client, clients[client][0]))
         return clients[client][0]
 
-    def late(self, now: float) -> Iterator[Sequence]:
-        """Those whose deadline has passed, each once."""
-        while self._deadlines and self._deadlines[0][0] <= now:
-            sequence = heappop(self._deadlines)[2]
-            if sequence.phase is Phase.WAITING:
-                yield sequence
+    def late(self, now: float) -> list[Sequence]:
+        """Those whose deadline has passed, the earliest first."""
+        if now < self._earliest:
+            return []
+        late = [sequence for sequence, deadline in self._timed.items() if deadline <= now]
+        late.sort(key=self._timed.__getitem__)
+        self._earliest = min(self._timed.values(), default=inf)
+        return late
 
     def __iter__(self) -> Iterator[Sequence]:
         """By priority; clients in no order of meaning, each one's in their order."""
@@ -111,6 +113,10 @@ class WaitingQueue:
     def clients(self) -> KeysView[Client]:
         """Those with a sequence that waits."""
         return self._sizes.keys()
+
+    def count(self, client: Client) -> int:
+        """How many of this client's wait."""
+        return self._sizes.get(client, 0)
 
     def needing(self, version: str) -> list[Sequence]:
         """Those whose adapters include it."""
@@ -132,6 +138,9 @@ class WaitingQueue:
         assert wanted == self._demand, "the demand is miscounted"
         assert self._length == self._sizes.total(), "the queue's length is miscounted"
         assert Counter(sequence.client for sequence in self) == self._sizes, "miscounted clients"
+        timed = {s: s.deadline for s in self if s.deadline is not None}
+        assert timed == self._timed, "one with a deadline is not in the queue, or not watched"
+        assert self._earliest <= min(timed.values(), default=inf), "a deadline would be missed"
         for priority, clients in self._queues.items():
             assert clients, "a priority without a client was kept"
             for client, queue in clients.items():
@@ -144,6 +153,9 @@ class WaitingQueue:
 
     def _count(self, sequence: Sequence) -> None:
         self._length += 1
+        if sequence.deadline is not None:
+            self._timed[sequence] = sequence.deadline
+            self._earliest = min(self._earliest, sequence.deadline)
         self._sizes[sequence.client] += 1
         self._demand.update(sequence.versions)
 

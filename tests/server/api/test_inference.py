@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from grpc import StatusCode
+from loraplex.adapters.store import TENANT
 from loraplex.api.inference import FEATURES
 from loraplex.engine.sequence import FinishReason, Logprobs, SamplingParams, StopParams, Tokens
 from loraplex.engine.stream import Event
@@ -67,6 +68,7 @@ def test_what_the_engine_is_given(serve: "Serve") -> None:
         await collect(api.generate(text="abc"))
         await collect(api.generate(text="abc"))
         plain, again = api.engine.submitted
+        assert plain.tenant == TENANT
         assert list(plain.prompt_token_ids) == [97, 98, 99]
         assert plain.digest is None
         assert plain.stop == StopParams(400 - 3, 0, frozenset({EOS}))  # what KV memory leaves

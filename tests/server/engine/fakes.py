@@ -6,8 +6,8 @@ from collections.abc import Sequence as Seq
 from concurrent.futures import Future
 from dataclasses import dataclass
 
-from loraplex.engine.scheduler import Drawn, Sampled, Scheduled
 from loraplex.engine.sequence import Sequence
+from loraplex.engine.step import Drawn, Sampled, Scheduled
 
 SICK = 666  # a prompt of this token gives logits that are not finite
 BROKEN = 667  # and this one fails the whole step

@@ -5,8 +5,9 @@ from collections.abc import Mapping
 from loraplex.adapters.pool import AdapterPool
 from loraplex.engine.arena import Arena
 from loraplex.engine.pace import Pace
-from loraplex.engine.scheduler import Outcome, Sampled, Scheduler, SchedulerConfig, Step
+from loraplex.engine.scheduler import Scheduler, SchedulerConfig
 from loraplex.engine.sequence import BlendPart, SamplingParams, Sequence, StopParams
+from loraplex.engine.step import Outcome, Sampled, Step
 
 BLOCK_TOKENS = 4
 STOP = 99
@@ -22,10 +23,11 @@ class Rig:
         max_running: int = 8,
         max_step_tokens: int = 64,
         pace: Pace | None = None,
+        prefix_cache: bool = False,
     ) -> None:
         self.arena = Arena(num_blocks)
         self.pool = AdapterPool(self.arena, num_slots)
-        limits = SchedulerConfig(BLOCK_TOKENS, max_running, max_step_tokens)
+        limits = SchedulerConfig(BLOCK_TOKENS, max_running, max_step_tokens, prefix_cache)
         self.scheduler = Scheduler(self.arena, self.pool, limits, pace)
         self.now = 0.0
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from loraplex.adapters.pool import AdapterPool
 from loraplex.engine.arena import Arena
 from loraplex.engine.pace import Pace
-from loraplex.engine.scheduler import Sampled, Scheduler, SchedulerConfig, Step
+from loraplex.engine.scheduler import Scheduler, SchedulerConfig
 from loraplex.engine.sequence import SamplingParams, Sequence, StopParams
-from loraplex.engine.step import StepLoad, load_of
+from loraplex.engine.step import Sampled, Step, StepLoad, load_of
 
 BLOCK_TOKENS = 16
 SHARE = 0.7

@@ -5,8 +5,8 @@ from dataclasses import replace
 import torch
 from loraplex.adapters.packing import Placed
 from loraplex.engine.batch import DeviceMemory, build_input
-from loraplex.engine.scheduler import Scheduled
 from loraplex.engine.sequence import SamplingParams, Sequence, StopParams
+from loraplex.engine.step import Scheduled
 from loraplex_kernels.segments import Segment
 from loraplex_kernels.tables import AdapterTables, Granule, OutputScale
 from loraplex_kernels.vocabulary import CutMatrix, Vocabulary, VocabularyLora

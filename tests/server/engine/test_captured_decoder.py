@@ -4,8 +4,8 @@ import pytest
 import torch
 from loraplex.engine.batch import build_input
 from loraplex.engine.graphs import DecodeGraphs, ladder
-from loraplex.engine.scheduler import Scheduled
 from loraplex.engine.sequence import SamplingParams, Sequence, StopParams
+from loraplex.engine.step import Scheduled
 from loraplex_kernels.gpu.launch import launch_now
 from loraplex_kernels.gpu.ops import TritonOps
 from loraplex_kernels.gpu.paths import LinearPath, PathTable

@@ -8,9 +8,9 @@ from loraplex.engine.pace import QUANTUM
 from loraplex.engine.prefill import split
 from loraplex.engine.sequence import Client
 
-A: Client = ("", "a")
-B: Client = ("", "b")
-C: Client = ("t", "b")  # another tenant's is another client
+A: Client = ("", ("a",))
+B: Client = ("", ("b",))
+C: Client = ("t", ("b", "c"))  # another tenant's is another client
 
 
 def test_prompt_tokens_count_once_and_generated_ones_twice() -> None:
@@ -20,6 +20,8 @@ def test_prompt_tokens_count_once_and_generated_ones_twice() -> None:
     fair.charge(A, 0, 3)
     assert fair.counters == {A: 16.0}
     assert repr(fair) == "FairShare(/a 16)"
+    fair.enter(C, ())
+    assert repr(fair) == "FairShare(/a 16, t/b+c 0)"
 
 
 @pytest.mark.parametrize(
@@ -67,8 +69,8 @@ def test_those_who_went_are_remembered_but_not_all_of_them() -> None:
     assert fair.counters[A] == 7
     fair.leave(A)
     for number in range(MAX_IDLE):
-        fair.enter(("", str(number)), ())
-        fair.leave(("", str(number)))
+        fair.enter(("", (str(number),)), ())
+        fair.leave(("", (str(number),)))
     fair.enter(A, ())
     assert fair.counters[A] == 0
 

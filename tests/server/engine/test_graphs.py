@@ -19,8 +19,8 @@ from loraplex.engine.graphs import (
     decode_tiles,
     ladder,
 )
-from loraplex.engine.scheduler import Scheduled
 from loraplex.engine.sequence import SamplingParams, Sequence, StopParams
+from loraplex.engine.step import Scheduled
 from loraplex.model.decoder import DecoderInput
 from loraplex_kernels.segments import NO_ADAPTER, TILE_ROWS
 from loraplex_kernels.tables import AdapterTables, OutputScale

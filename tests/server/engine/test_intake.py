@@ -4,7 +4,7 @@ from contextlib import suppress
 
 import pytest
 from loraplex.engine.intake import MAX_RETRY, MIN_FINISHED, MIN_RETRY, Intake
-from loraplex.engine.sequence import SamplingParams, Sequence, StopParams
+from loraplex.engine.sequence import BlendPart, SamplingParams, Sequence, StopParams
 from loraplex.errors import RequestError
 
 
@@ -27,7 +27,8 @@ def busy(max_live: int = 100, rate: float = 1000.0) -> Intake:
         ended = request()
         intake.enter(ended, 0.0)
         intake.leave(ended, num_output=50)
-    intake.served(10 * rate, 10.0)
+    for _ in range(4):
+        intake.served(2.5 * rate, 2.5)
     for _ in range(2):
         running = request("running")
         intake.enter(running, 0.0)
@@ -47,7 +48,7 @@ def fill(intake: Intake, digest: str | None) -> int:
 
 def test_one_client_fills_most_of_the_queue_and_the_next_most_of_the_rest() -> None:
     intake = Intake(100, max_running=4)
-    assert [fill(intake, digest) for digest in "abcd"] == [80, 16, 4, 0]
+    assert [fill(intake, digest) for digest in "abcd"] == [81, 16, 3, 0]
     with pytest.raises(RequestError, match="--max-waiting") as error:
         intake.enter(request("e"), 0.0)
     assert error.value.retry_after == MIN_RETRY  # nothing is known of the rate
@@ -69,6 +70,36 @@ def test_the_message_says_which_bound() -> None:
 
 def test_places_are_open_to_one_client_alone() -> None:
     assert fill(Intake(5, max_running=5), "a") == 5
+
+
+@pytest.mark.parametrize(
+    ("max_running", "max_waiting", "num_queued"),
+    [(64, 8, 7), (64, 16, 13), (64, 64, 52), (8, 2, 2)],
+)
+def test_one_client_alone_has_a_queue_however_short(
+    max_running: int, max_waiting: int, num_queued: int
+) -> None:
+    intake = Intake(max_running + max_waiting, max_running)
+    assert fill(intake, "a") == max_running + num_queued
+
+
+def test_blends_that_differ_in_their_weights_share_one_part_of_the_queue() -> None:
+    intake = Intake(100, max_running=4)
+    blends = [request(f"blend {number}") for number in range(100)]
+    for weight, blend in enumerate(blends):
+        blend.blend = (BlendPart("a", 0.5), BlendPart("b", weight))
+    with suppress(RequestError):
+        for blend in blends:
+            intake.enter(blend, 0.0)
+    assert fill(intake, "a") > 0
+
+
+def test_one_step_that_takes_too_long_does_not_make_the_rate() -> None:
+    intake, own = busy(), request("a")
+    fill(intake, "a")
+    usual = intake.wait(own) or 0.0
+    intake.served(1000.0, 600.0)
+    assert usual < (intake.wait(own) or 0.0) < 1.5 * usual
 
 
 def test_the_retry_is_when_those_ahead_have_been_served() -> None:

@@ -7,8 +7,8 @@ import torch
 from loraplex.engine.batch import DeviceMemory
 from loraplex.engine.graphs import DecodeGraphs, DecodeInputs, Forward
 from loraplex.engine.model_runner import ModelRunner, RunnerConfig
-from loraplex.engine.scheduler import Scheduled
 from loraplex.engine.sequence import SamplingParams, Sequence, StopParams
+from loraplex.engine.step import Scheduled
 from loraplex.model.loader import Progress
 from loraplex_kernels.gpu.launch import launch_now
 from loraplex_kernels.gpu.ops import TritonOps

@@ -63,6 +63,13 @@ def test_budgets_are_whole_quanta_and_never_nothing() -> None:
     assert pace.budget(8, 800, position=10**7) == QUANTUM
 
 
+def test_drafts_say_nothing_of_prompts() -> None:
+    pace, cheap = experienced(), experienced()
+    for _ in range(300):
+        cheap.learn(StepLoad(16, 4000, 0, 0, num_drafts=8), COSTS.of(StepLoad(16, 4000, 0, 0), 0))
+    assert cheap.budget(16, 4000, 0) == pace.budget(16, 4000, 0)
+
+
 def test_costs_that_change_are_followed() -> None:
     pace, slower = experienced(), Costs(step=12e-3, token=0.5e-3)
     for _ in range(60):

@@ -279,19 +279,28 @@ def test_kv_of_a_version_that_nobody_can_ask_for_goes() -> None:
 
 
 def test_nobody_begins_with_what_gave_no_finite_logits() -> None:
+    """Those who hold some of it keep that, add nothing that is found, and take it with them."""
     memory = Memory()
-    memory.use(asked(LONG[:8]))
-    reader, sick = asked([*LONG[:8], 70]), asked(LONG)
-    memory.start(reader)
+    sick, reader, idle = asked(LONG), asked([*LONG[:8], *range(70, 76)]), asked([*LONG, 1])
     memory.start(sick)
+    memory.start(reader)
+    memory.use(idle)
     memory.running.remove(sick)
     memory.kv.discard(sick)
     memory.check()
-    assert found(memory, asked(LONG)) == 8  # held by another
-    memory.running.remove(reader)
-    memory.kv.discard(reader)
-    memory.check()
-    assert memory.arena.num_free == 100
+    assert (memory.arena.count(Use.KV), memory.arena.count(Use.CACHED)) == (4, 0)
+    fresh = asked(LONG)
+    assert memory.start(fresh) == 0
+    reader.output_token_ids += range(80, 84)
+    assert memory.kv.grow(reader, reader.num_tokens) is not None
+    memory.kv.catch_up(reader)
+    reader.num_computed = reader.num_tokens
+    memory.kv.commit(reader)
+    memory.release(reader)
+    memory.release(fresh)
+    assert found(memory, asked(LONG)) == 16  # computed anew
+    assert found(memory, asked([*LONG[:8], *range(70, 76)])) == 8
+    assert memory.arena.num_free == 95
 
 
 def test_without_it_nothing_is_kept() -> None:

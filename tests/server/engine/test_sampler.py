@@ -7,8 +7,8 @@ import pytest
 import torch
 from loraplex.engine.draw import uniform_at
 from loraplex.engine.sampler import sample
-from loraplex.engine.scheduler import Drawn, Scheduled
 from loraplex.engine.sequence import SamplingParams, Sequence, StopParams
+from loraplex.engine.step import Drawn, Scheduled
 from torch import Tensor
 from transformers.generation.logits_process import (
     LogitsProcessorList,

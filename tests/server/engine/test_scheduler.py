@@ -2,8 +2,8 @@
 
 import pytest
 from loraplex.engine.arena import Use
-from loraplex.engine.scheduler import Outcome, Sampled
 from loraplex.engine.sequence import FinishReason, Logprobs, Phase
+from loraplex.engine.step import Outcome, Sampled
 
 from tests.server.engine.rig import STOP, Rig
 

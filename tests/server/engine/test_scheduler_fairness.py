@@ -1,11 +1,14 @@
 """Priorities, shares of places and of a step's tokens, deadlines; each case by a few steps."""
 
+from weakref import ref
+
 import pytest
+from loraplex.engine.admission import HEADROOM_STEPS
 from loraplex.engine.displacement import MAX_DISPLACED, MAX_LEAD
 from loraplex.engine.fair_share import CREDIT
 from loraplex.engine.pace import Pace
 from loraplex.engine.scheduler import Scheduler
-from loraplex.engine.sequence import Client, Phase, Sequence
+from loraplex.engine.sequence import BlendPart, Client, Phase, SamplingParams, Sequence, StopParams
 from loraplex.engine.step import load_of
 
 from tests.server.engine.rig import Rig
@@ -13,7 +16,7 @@ from tests.server.engine.rig import Rig
 
 def charge(rig: Rig, digest: str, amount: float) -> None:
     """As if the client had been served so much."""
-    rig.scheduler.roster.fair.charge(("", digest), int(amount), 0)
+    rig.scheduler.roster.fair.charge(("", (digest,)), int(amount), 0)
 
 
 def served(scheduler: Scheduler, client: Client) -> float:
@@ -118,6 +121,38 @@ def test_streams_bound_what_prompts_may_take() -> None:
     assert step() > 300  # nobody waits for it
 
 
+def beside_a_stream(own: int) -> tuple[int, int]:
+    """Most prompt tokens in a step of its own client, which has more to come, and of another's."""
+    rig = Rig(num_blocks=4000, max_running=32, max_step_tokens=512, pace=Pace(0.7))
+
+    def step() -> tuple[int, int]:
+        decided = rig.schedule()
+        load = load_of(decided.rows)
+        rig.scheduler.learn(decided, 0.01 + 0.001 * (load.num_decode + load.num_prefill))
+        rig.update(decided)
+        rows = [row for row in decided.rows if not row.is_decode]
+        others = sum(row.num_tokens for row in rows if row.sequence.tenant)
+        return load.num_prefill - others, others
+
+    rig.add("stream", 600, max_tokens=400)
+    for _ in range(20):
+        step()
+    for index in range(own):
+        rig.add(f"own{index}", 100)
+    for index in range(20):
+        rig.add(f"t{index}", 400, tenant="t")
+    owns, others = zip(*(step() for _ in range(4)), strict=True)
+    return max(owns), max(others)
+
+
+def test_a_client_pays_for_its_own_burst_alone() -> None:
+    assert max(beside_a_stream(own=0)) <= 32
+    assert max(beside_a_stream(own=1)) <= 32
+    own, others = beside_a_stream(own=4)
+    assert own > 64
+    assert others <= 32
+
+
 # Places.
 
 
@@ -133,6 +168,26 @@ def test_the_last_places_are_left_to_those_who_have_less() -> None:
     assert (held.count("x"), held.count("y")) == (6, 1)
     rig.add("y2", 1, "y")
     assert "y2" in rig.step()
+
+
+def test_places_that_nobody_comes_for_are_taken_all_but_one() -> None:
+    rig = Rig(num_blocks=4000, max_running=16)
+    for digest in "xy":
+        rig.resident(digest)
+    rig.add("y1", 1, "y", max_tokens=1000)
+    for index in range(40):
+        rig.add(f"x{index}", 1, "x", max_tokens=1000)
+    num_running = []
+    for _ in range(HEADROOM_STEPS + 2):
+        rig.step()
+        num_running.append(len(rig.scheduler.running))
+    assert (num_running[0], num_running[-1]) == (14, 15)
+    rig.add("y2", 1, "y", max_tokens=1000)
+    assert "y2" in rig.step()
+    rig.scheduler.abort(rig.scheduler.running[0])
+    rig.scheduler.abort(rig.scheduler.running[-2])
+    rig.step()
+    assert len(rig.scheduler.running) == 14  # they came for it
 
 
 def test_one_with_too_many_places_gives_one_up() -> None:
@@ -187,7 +242,7 @@ def test_memory_comes_from_the_lowest_priority_then_from_the_client_served_most(
         rig.add("own", 4),
     )
     rig.step()
-    rig.scheduler.roster.fair.charge(("t", None), 50, 0)
+    rig.scheduler.roster.fair.charge(("t", ()), 50, 0)
     assert rig.step() == "own:4+1*, preempt, preempt"
     assert (low.phase, other.phase, own.phase) == (Phase.WAITING, Phase.WAITING, Phase.RUNNING)
 
@@ -213,7 +268,48 @@ def test_what_lower_ones_gave_up_is_kept_for_the_one_that_asked() -> None:
     assert [s.request_id for s in rig.scheduler.running] == ["low1", "high"]
 
 
+def test_nobody_gives_way_whose_blocks_others_hold_as_well() -> None:
+    rig = Rig(num_blocks=8, prefix_cache=True)
+    kept = rig.add("kept", 17, priority=1)
+    rig.step()
+    low = rig.add("low", 17)  # a block of its own, and four that both hold
+    rig.step()
+    rig.add("high", 17, priority=1, tenant="t")
+    assert "preempt" not in rig.step()
+    rig.scheduler.abort(kept)
+    assert rig.step().endswith("preempt")
+    assert low.phase is Phase.WAITING
+
+
 # The rest.
+
+
+def test_blends_of_the_same_members_are_one_client() -> None:
+    one, other = (
+        Sequence(name, [0], SamplingParams(), StopParams(1), name, blend=parts)
+        for name, parts in (
+            ("one", (BlendPart("x", 0.5), BlendPart("y", 0.5))),
+            ("other", (BlendPart("y", 0.7), BlendPart("x", 0.500001))),
+        )
+    )
+    assert one.client == other.client == ("", ("x", "y"))
+    single = Sequence("s", [0], SamplingParams(), StopParams(1), "x", tenant="t")
+    assert single.client == ("t", ("x",))
+
+
+def test_one_that_has_ended_is_not_kept_until_its_deadline() -> None:
+    rig = Rig(max_running=1)
+    ended = ref(rig.add("ended", 2, max_tokens=1, deadline=1e6))
+    gone = ref(rig.add("gone", 2, deadline=1e6))
+    rig.step()
+    rig.scheduler.abort(next(iter(rig.scheduler.waiting)))
+    assert ended() is None
+    assert gone() is None
+    late = [rig.add(f"late{index}", 2, deadline=9.0 - index) for index in range(3)]
+    rig.now = 10.0
+    assert [s.request_id for s in rig.scheduler.waiting.late(7.5)] == ["late2"]
+    assert rig.step() == ", ".join(f"fail late{i} DEADLINE_EXCEEDED" for i in (2, 1, 0))
+    assert {s.phase for s in late} == {Phase.FINISHED}
 
 
 def test_what_is_computed_anew_is_charged_once() -> None:
@@ -223,7 +319,7 @@ def test_what_is_computed_anew_is_charged_once() -> None:
     rig.add("high", 2, priority=1, max_tokens=1, tenant="t")
     rig.step()
     rig.step()  # low again, from the start
-    assert served(rig.scheduler, ("", None)) == 10 + 2 + 2
+    assert served(rig.scheduler, ("", ())) == 10 + 2 + 2
 
 
 def test_one_whose_deadline_passes_while_it_waits_is_dropped() -> None:

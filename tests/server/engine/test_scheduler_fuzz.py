@@ -18,14 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from loraplex.adapters.pool import AdapterPool
 from loraplex.adapters.tiers import HostTier, Tier
 from loraplex.engine.arena import Arena, Use
-from loraplex.engine.scheduler import (
-    Drawn,
-    Sampled,
-    Scheduled,
-    Scheduler,
-    SchedulerConfig,
-    Step,
-)
+from loraplex.engine.scheduler import Scheduler, SchedulerConfig
 from loraplex.engine.sequence import (
     BlendPart,
     FinishReason,
@@ -34,6 +27,7 @@ from loraplex.engine.sequence import (
     Sequence,
     StopParams,
 )
+from loraplex.engine.step import Drawn, Sampled, Scheduled, Step
 from loraplex.engine.supply import Supply
 from loraplex.errors import RequestError
 

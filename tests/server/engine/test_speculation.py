@@ -8,7 +8,6 @@ import pytest
 from loraplex.adapters.pool import AdapterPool
 from loraplex.engine.arena import Arena
 from loraplex.engine.kv_memory import KVMemory
-from loraplex.engine.scheduler import Scheduled
 from loraplex.engine.sequence import SamplingParams, Sequence, StopParams
 from loraplex.engine.speculation import (
     FREE_ROWS,
@@ -18,6 +17,7 @@ from loraplex.engine.speculation import (
     RowCost,
     Text,
 )
+from loraplex.engine.step import Scheduled
 
 BLOCK_TOKENS = 4
 

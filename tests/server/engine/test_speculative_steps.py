@@ -14,9 +14,10 @@ from loraplex.adapters.packing import PackedAdapter
 from loraplex.adapters.pool import AdapterPool
 from loraplex.engine.arena import Arena, Use
 from loraplex.engine.model_runner import ModelRunner, RunnerConfig
-from loraplex.engine.scheduler import Scheduler, SchedulerConfig, Step
+from loraplex.engine.scheduler import Scheduler, SchedulerConfig
 from loraplex.engine.sequence import FinishReason, Phase, SamplingParams, Sequence, StopParams
 from loraplex.engine.speculation import PromptLookup, Speculator
+from loraplex.engine.step import Step
 from loraplex_kernels.reference import TorchOps
 from loraplex_kernels.tables import OutputScale
 from loraplex_kernels.vocabulary import CutMatrix, Vocabulary, VocabularyLora

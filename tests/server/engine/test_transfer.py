@@ -58,7 +58,7 @@ def test_blocks_have_landed_when_copy_returns(
         assert torch.equal(blocks, expected)
 
 
-@settings(max_examples=25)
+@settings(max_examples=25, deadline=None)
 @given(chance=CHANCES, num_staging=st.integers(1, 4))
 def test_two_threads_share_the_pinned_blocks(chance: list[int], num_staging: int) -> None:
     blocks = arena()

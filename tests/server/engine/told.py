@@ -5,8 +5,8 @@ from collections.abc import Sequence as Seq
 from dataclasses import replace
 
 from loraplex.engine.kv_memory import KVMemory
-from loraplex.engine.scheduler import Scheduled
 from loraplex.engine.sequence import Sequence
+from loraplex.engine.step import Scheduled
 
 Guess = Callable[[Sequence], Seq[int]]
 
