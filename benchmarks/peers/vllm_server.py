@@ -13,38 +13,27 @@ from child import BenchmarkError
 from peers.environments import Environment
 from peers.http_server import HttpServer, free_port
 from peers.pipe import PeerSettings
-from waves import Reply, Wave
 
 BASE = "base"
 
 
-class Vllm:
+def start(environment: Environment, settings: PeerSettings, log: Path) -> HttpServer:
     """With adapters, all are registered, and there is room for as many in one batch."""
-
-    def __init__(self, environment: Environment, settings: PeerSettings, log: Path) -> None:
-        port = free_port()
-        command = [str(environment.python), "-m", *server_command(settings, port)]
-        compiled = environment.folder / "compiled"
-        variables = {
-            "OMP_NUM_THREADS": str(settings.threads),
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
-            "VLLM_NO_USAGE_STATS": "1",
-            "VLLM_CACHE_ROOT": str(compiled / "vllm"),
-            "TORCHINDUCTOR_CACHE_DIR": str(compiled / "inductor"),
-            "HF_HUB_OFFLINE": "1",
-        }
-        self.server = HttpServer(port, command, variables, log)
-
-    @property
-    def pid(self) -> int:
-        return self.server.pid
-
-    def wait_until_ready(self) -> None:
-        self.server.wait_until_ready()
-
-    def run(self, wave: Wave) -> list[Reply]:
-        return self.server.run(wave, "/v1/completions", body, tokens)
+    port = free_port()
+    command = [str(environment.python), "-m", *server_command(settings, port)]
+    compiled = environment.folder / "compiled"
+    variables = {
+        "OMP_NUM_THREADS": str(settings.threads),
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_CACHE_ROOT": str(compiled / "vllm"),
+        "TORCHINDUCTOR_CACHE_DIR": str(compiled / "inductor"),
+        "HF_HUB_OFFLINE": "1",
+    }
+    return HttpServer(
+        port, command, variables, log, path="/v1/completions", body=body, tokens=tokens
+    )
 
 
 def server_command(settings: PeerSettings, port: int) -> list[str]:

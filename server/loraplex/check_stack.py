@@ -5,20 +5,25 @@ chunk of a prefill, the base's and adapters', against the loop over the layers i
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from loraplex_kernels.bitsandbytes import functional
 from loraplex_kernels.cases import Case, ModelShapes, Prepared
 from loraplex_kernels.cases.memory import Memory
 from loraplex_kernels.nf4 import BLOCK_SIZE, BaseWeight, NF4Weight
-from loraplex_kernels.ops import AttentionInput, LoraInput, Ops
+from loraplex_kernels.ops import Ops
 from loraplex_kernels.reference import TorchOps
-from loraplex_kernels.segments import NO_ADAPTER, segments_of
+from loraplex_kernels.segments import NO_ADAPTER
 from loraplex_kernels.tables import GRANULE_RANK, AdapterTables, Granule, OutputScale, view
 from torch import Tensor
 
+from loraplex.engine.batch import DeviceMemory, build_input
+from loraplex.engine.sequence import SamplingParams, StopParams
+from loraplex.engine.sequence import Sequence as EngineSequence
+from loraplex.engine.step import Scheduled
 from loraplex.model.config import MODULES, ModelConfig, Rope
-from loraplex.model.decoder import Activations, Decoder, DecoderInput, DecoderLayer
+from loraplex.model.decoder import Activations, Decoder, DecoderLayer
 from loraplex.model.linear import Linear
 
 KERNEL = "stack"
@@ -73,48 +78,30 @@ def _bytes_moved(shapes: ModelShapes, itemsize: int, max_rank: int) -> int:
 class _Form:
     """The decoder, its adapters and a cache in one dtype. Mutable: the cache, and `work`."""
 
-    def __init__(self, decoder: Decoder, memory: Memory, cache: Tensor, lora: LoraInput) -> None:
-        self.memory = memory
-        self._decoder, self._cache, self._lora = decoder, cache, lora
+    def __init__(self, decoder: Decoder, memory: DeviceMemory, cache: Tensor) -> None:
+        self._decoder, self._memory, self._cache = decoder, memory, cache
         rows = len(SLOTS)
         self.work = Activations.allocate(decoder.config, decoder.dtype, CPU, rows, rows)
 
     def step(self, ops: Ops) -> Tensor:
         """fp32 logits of every row."""
-        block_tokens = self._cache.shape[4]
-        starts, positions, places, tables = [0], list[int](), list[int](), list[list[int]]()
-        for index, (context, count, _) in enumerate(SEQUENCES):
-            blocks = _blocks(index, block_tokens)
-            starts.append(starts[-1] + count)
-            tables.append(blocks)
-            for position in range(context - count, context):
-                positions.append(position)
-                at = blocks[position // block_tokens]
-                places.append(at * block_tokens + position % block_tokens)
-        contexts = [context for context, _, _ in SEQUENCES]
-        batch = DecoderInput(
-            token_ids=torch.arange(len(SLOTS)) * 7 % NUM_WORDS,
-            positions=torch.tensor(positions),
-            slot_mapping=torch.tensor(places),
-            logits_rows=torch.arange(len(SLOTS)),
-            attention=AttentionInput(
-                num_decode=sum(count == 1 for _, count, _ in SEQUENCES),
-                query_starts=starts,
-                context_lens=contexts,
-                context_table=torch.tensor(contexts, dtype=torch.int32),
-                block_tables=torch.tensor(tables, dtype=torch.int32),
-                query_start_table=torch.tensor(starts, dtype=torch.int32),
-                query_tiles=None,
-            ),
-            lora=self._lora,
-        )
+        batch = build_input(_rows(self._memory.block_tokens), self._memory)
+        every_row = replace(batch, logits_rows=torch.arange(len(SLOTS)))
         with torch.inference_mode():
-            return self._decoder.forward(batch, self._cache, ops, self.work)
+            return self._decoder.forward(every_row, self._cache, ops, self.work)
 
 
-def _blocks(index: int, block_tokens: int) -> list[int]:
-    """A sequence's blocks, which lie apart from each other."""
-    return [index + len(SEQUENCES) * at for at in range(-(-CONTEXT // block_tokens))]
+def _rows(block_tokens: int) -> list[Scheduled]:
+    """Each sequence's; its blocks lie apart from each other."""
+    rows = []
+    for index, (context, count, slot) in enumerate(SEQUENCES):
+        tokens = [7 * (index + position) % NUM_WORDS for position in range(context)]
+        sequence = EngineSequence(str(index), tokens, SamplingParams(), StopParams(1))
+        sequence.slot = None if slot == NO_ADAPTER else slot
+        num_blocks = -(-CONTEXT // block_tokens)
+        sequence.block_table = [index + len(SEQUENCES) * at for at in range(num_blocks)]
+        rows.append(Scheduled(sequence, context - count, count, samples=True))
+    return rows
 
 
 class _PreparedStack(Prepared):
@@ -161,8 +148,9 @@ class _PreparedStack(Prepared):
         decoder = Decoder(config, embedding, layers, norms[-1], head, dtype)
         memory = self.memory if dtype == self.memory.dtype else Memory(CPU, dtype, fill=True)
         cache = self._cache if dtype == self.memory.dtype else self._cache.to(dtype)
-        lora = _adapters(config, memory, _ranks(self._max_rank), self._max_rank)
-        return _Form(decoder, memory, cache, lora)
+        arena, tables = _adapters(config, memory, _ranks(self._max_rank), self._max_rank)
+        block_tokens = self._shapes.block_tokens
+        return _Form(decoder, DeviceMemory(arena, dtype, tables, block_tokens), cache)
 
 
 def _config(shapes: ModelShapes) -> ModelConfig:
@@ -197,7 +185,7 @@ def _weights(shapes: ModelShapes, memory: Memory) -> list[NF4Weight]:
 
 def _adapters(
     config: ModelConfig, memory: Memory, ranks: Sequence[Sequence[int]], max_rank: int
-) -> LoraInput:
+) -> tuple[Tensor, AdapterTables]:
     """Every slot's, in all layers, the same in each dtype; SCALED_SLOT scales what it touches."""
     rng = torch.Generator().manual_seed(11)
     dtype, shapes = memory.dtype, config.module_shapes
@@ -233,14 +221,4 @@ def _adapters(
     for slot, own in enumerate(ranks):
         written = list(granules_of(own))
         tables.write(slot, written, list(scales()) if slot == SCALED_SLOT else ())
-    segments = segments_of(SLOTS)
-    return LoraInput(
-        arena=arena,
-        dtype=dtype,
-        tables=tables,
-        has_adapters=True,
-        has_output_scales=True,
-        segments=segments,
-        segment_table=torch.tensor(segments, dtype=torch.int32).view(-1, 3),
-        tiles=None,
-    )
+    return arena, tables

@@ -30,14 +30,14 @@ def test_vllm_has_room_for_every_adapter_or_has_lora_off() -> None:
 
 
 def test_llama_cpp_has_a_slot_a_request_with_room_for_it() -> None:
-    adapters = [Path("/work/a.gguf"), Path("/work/b.gguf")]
+    adapters = [Path("/adapters/a.gguf"), Path("/adapters/b.gguf")]
     command = " ".join(
         llama_cpp.server_command(Path("/server"), Path("/m.gguf"), adapters, SETTINGS, 5)
     )
 
     assert "--threads 2 --threads-batch 2" in command
     assert "--parallel 8 --ctx-size 1024" in command
-    assert command.endswith("--lora /work/a.gguf,/work/b.gguf")
+    assert command.endswith("--lora /adapters/a.gguf,/adapters/b.gguf")
 
 
 def test_llama_cpp_is_compiled_for_what_the_cpu_has_but_amx(tmp_path: Path) -> None:
