@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence as Seq
 
-from loraplex.engine.pace import QUANTUM
+QUANTUM = 16
+"""Tokens: as much of a prompt is computed at least, where the budget has it."""
 
 
 def split(budget: int, needs: Seq[int], num_first: int | None = None) -> list[int]:

@@ -47,6 +47,9 @@ MAX_WEIGHT = 4.0
 MAX_BURST = 16.0
 """And so many times where every client with streams has more that wait for a first token."""
 
+SETTLED = 8
+"""Tokens of a stream: the gaps before may be long, so that those who come together begin so."""
+
 
 class Scheduler:
     """Mutable: the books, which are the roster's, and the pace as it learns."""
@@ -226,19 +229,22 @@ class Scheduler:
 
         More of them where prompts have the higher priority. More also for the clients of streams,
         where each has more that wait for their first token than streams: nobody else pays for that.
+        As many as there are where no stream is older than a few tokens.
         """
         streams = [row.sequence for row in plan.rows]
-        context = sum(row.start + row.num_tokens for row in plan.rows)
+        if all(len(stream.output_token_ids) <= SETTLED for stream in streams):
+            return
+        load = load_of(plan.rows)
         position = max((s.num_computed for s in plan.prefilling), default=0)
         top = max(sequence.priority for sequence in streams)
         weight = 1.0
         if any(sequence.priority > top for sequence in plan.prefilling):
             weight = MAX_WEIGHT
-        allowed = min(plan.budget, pace.budget(len(streams), context, position, weight))
+        allowed = min(plan.budget, pace.budget(load, position, weight))
         num_streams = Counter(sequence.client for sequence in streams)
         burst = self._burst(num_streams, plan) if weight == 1.0 else 1.0
         if burst > 1.0:
-            most = min(plan.budget, pace.budget(len(streams), context, position, burst))
+            most = min(plan.budget, pace.budget(load, position, burst))
             plan.extra, plan.paying = max(0, most - allowed), num_streams.keys()
         plan.budget = allowed + plan.extra
 

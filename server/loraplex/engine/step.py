@@ -70,16 +70,20 @@ class StepLoad:
     num_prefill: int  # all other tokens but drafts
     prefill_context: int  # tokens that those read, together
     num_drafts: int = 0
+    num_adapters: int = 0  # distinct ones of the rows that go on
 
 
 def load_of(rows: Seq[Scheduled]) -> StepLoad:
     num_decode = context = num_prefill = prefill_context = num_drafts = 0
+    slots = set()
     for row in rows:
         if row.is_decode:
             num_decode += 1
             context += row.start + 1
             num_drafts += len(row.drafts)
+            slots.add(row.sequence.slot)
         else:
             num_prefill += row.num_tokens
             prefill_context += row.num_tokens * row.start + row.num_tokens * row.num_tokens // 2
-    return StepLoad(num_decode, context, num_prefill, prefill_context, num_drafts)
+    num_adapters = len(slots - {None})
+    return StepLoad(num_decode, context, num_prefill, prefill_context, num_drafts, num_adapters)

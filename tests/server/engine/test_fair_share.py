@@ -4,8 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from loraplex.engine.fair_share import CREDIT, MAX_IDLE, FairShare
-from loraplex.engine.pace import QUANTUM
-from loraplex.engine.prefill import split
+from loraplex.engine.prefill import QUANTUM, split
 from loraplex.engine.sequence import Client
 
 A: Client = ("", ("a",))
