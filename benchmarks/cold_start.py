@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from adapter_files import linears_of, weights_bytes, write_adapter
-from closed_loop import Answer, Ask, Clients, Prompts
+from closed_loop import Clients, Prompts
 from command import Check, Findings, build_parser, number, progress, run_command, table
 from figures import percentile
 from lifecycle import (
@@ -31,7 +31,10 @@ from lifecycle import (
 )
 from loraplex.config import format_size
 from loraplex_client import AsyncClient
+from measures import is_cold
+from outcome import Outcome
 from popularity import draws
+from workload import Request
 
 DESCRIPTION = """\
 The same requests go to two servers in turn. One has memory for all adapters, and all of them are
@@ -72,38 +75,38 @@ class Popularity:
 class Tally:
     """One server's measurements under one popularity."""
 
-    answers: list[Answer] = field(default_factory=list)  # those that count
+    outcomes: list[Outcome] = field(default_factory=list)  # those that count
     num_loads: float = 0.0
     num_requests: int = 0  # with those that do not count
 
     @property
-    def waited(self) -> list[Answer]:
+    def waited(self) -> list[Outcome]:
         """Their adapter was not resident when they came."""
-        return [a for a in self.answers if a.timings is not None and a.timings.adapter_wait > 0]
+        return [outcome for outcome in self.outcomes if is_cold(outcome)]
 
     def first_tokens(self) -> list[float]:
-        return [answer.first_token for answer in self.answers]
+        return [outcome.first_token for outcome in self.outcomes]
 
 
 class Round:
     """A `Load`: one request of random length for each client, which does not count, then a queue
     that all of them draw from. Mutable: `_left`, `_begun`."""
 
-    def __init__(self, asks: Sequence[Ask], seed: int) -> None:
-        self._left = list(reversed(asks))
+    def __init__(self, requests: Sequence[Request], seed: int) -> None:
+        self._left = list(reversed(requests))
         self._begun: set[int] = set()
         self._rng = random.Random(f"round {seed}")
 
-    def next(self, client: int) -> Ask | None:
+    def next(self, client: int) -> Request | None:
         if not self._left:
             return None
-        ask = self._left.pop()
+        request = self._left.pop()
         if client in self._begun:
-            return ask
+            return request
         self._begun.add(client)
-        return ask._replace(max_tokens=self._rng.randint(2, ask.max_tokens))
+        return request._replace(max_tokens=self._rng.randint(2, request.max_tokens))
 
-    def done(self, ask: Ask) -> None:
+    def done(self, request: Request) -> None:
         pass
 
 
@@ -189,37 +192,37 @@ async def _measure(
     for popularity in popularities:
         for round_ in range(args.rounds):
             seed = args.seed * 100 + round_
-            asks = _asks(args, adapters, popularity, vocab_size, seed)
+            requests = _requests(args, adapters, popularity, vocab_size, seed)
             # Every other round backwards, so that a drift does not favour the same one.
             for which in servers if round_ % 2 == 0 else reversed(servers):
                 progress(f"{popularity.name}, round {round_ + 1}: {which}")
                 tally = tallies[popularity][which]
-                await _round(servers[which], asks, args.clients, seed, tally)
+                await _round(servers[which], requests, args.clients, seed, tally)
     return tallies
 
 
-def _asks(
+def _requests(
     args: argparse.Namespace,
     adapters: Sequence[str],
     popularity: Popularity,
     vocab_size: int,
     seed: int,
-) -> list[Ask]:
+) -> list[Request]:
     prompts = Prompts(vocab_size, args.prompt_tokens, seed)
     count = args.clients + args.requests
     drawn = draws(popularity.num_adapters, popularity.exponent, count, seed)
-    return [Ask(prompts.next(), adapters[index], args.max_tokens) for index in drawn]
+    return [Request(prompts.next(), adapters[index], args.max_tokens) for index in drawn]
 
 
 async def _round(
-    server: Server, asks: Sequence[Ask], num_clients: int, seed: int, tally: Tally
+    server: Server, requests: Sequence[Request], num_clients: int, seed: int, tally: Tally
 ) -> None:
     before = server.counters()
     async with AsyncClient(server.target) as client:
-        answers = await Clients(client, num_clients).run(Round(asks, seed))
+        outcomes = await Clients(client, num_clients).run(Round(requests, seed))
     tally.num_loads += server.counters().since(before, "adapter_loads_total", result="ok")
-    tally.num_requests += len(answers)
-    tally.answers += answers[num_clients:]  # the first ones do not count
+    tally.num_requests += len(outcomes)
+    tally.outcomes += outcomes[num_clients:]  # the first ones do not count
 
 
 def _findings(tallies: Mapping[Popularity, Mapping[str, Tally]], memory: int) -> Findings:
@@ -258,7 +261,7 @@ def _findings(tallies: Mapping[Popularity, Mapping[str, Tally]], memory: int) ->
 
 def _figures(tally: Tally, base: float) -> dict[str, float]:
     first = tally.first_tokens()
-    waited = [answer.first_token for answer in tally.waited]
+    waited = [outcome.first_token for outcome in tally.waited]
     waited_p50 = percentile(waited, 50) if waited else 0.0
     return {
         "requests": len(first),

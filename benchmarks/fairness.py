@@ -19,11 +19,12 @@ from fairness_report import MIN_REQUESTS, Backlog, Flooded, Measured, findings
 from figures import percentile
 from lengths import Fixed, Lengths, Uniform
 from lifecycle import make_resident
-from load import Asking, Load, Pace, Run
+from load import Load, Pace, Run
 from loraplex_client import AsyncClient
+from outcome import Asking
 from popularity import Popularity
 from scenario import Scene, scene
-from shares import service, tokens_between
+from shares import service
 from workload import Prefix, Traffic
 
 DESCRIPTION = """\
@@ -132,7 +133,7 @@ class _Session:
         traffic = self._traffic(self._names, MANY, math.inf, 0)
         run = await self._run(self._closed(client, traffic, "capacity", self._args.max_running))
         begin, end = self._counted(run)
-        return sum(tokens_between(each, begin, end) for each in run.outcomes) / (end - begin)
+        return sum(each.tokens_between(begin, end) for each in run.outcomes) / (end - begin)
 
     async def _flooded(
         self, client: AsyncClient, rate: float, flood_rate: float, window: float
@@ -163,7 +164,7 @@ class _Session:
         services, tokens = {}, {}
         for name, run in zip(self._names, runs, strict=True):
             services[name] = sum(service(each, begin, end) for each in run.outcomes)
-            tokens[name] = sum(tokens_between(each, begin, end) for each in run.outcomes)
+            tokens[name] = sum(each.tokens_between(begin, end) for each in run.outcomes)
         return Backlog(services, tokens)
 
     def _seven(self, client: AsyncClient, rate: float, part: str) -> Load:

@@ -7,7 +7,7 @@ from command import Check, Findings, table
 from figures import percentile
 from load import Run
 from measures import errors_of, jain_index, name_of
-from shares import demand_served, first_tokens, tokens_between
+from shares import demand_served, first_tokens
 
 LIMIT_DEMAND = 0.95
 """Of what each of the seven asks for, beside the flood."""
@@ -57,7 +57,7 @@ def findings(measured: Measured, max_running: int) -> Findings:
     requests = min(each["requests"] for run in (before, beside) for each in run.values())
     refused = _num_failed(flood)
     flood_tokens = sum(
-        tokens_between(each, flood.start, flood.start + measured.window) for each in flood.outcomes
+        each.tokens_between(flood.start, flood.start + measured.window) for each in flood.outcomes
     )
     checks = [
         Check(

@@ -1,39 +1,17 @@
-"""Requests sent when they are due, or when a client is free; each token's arrival written down."""
+"""Requests sent when they are due, or when a client is free."""
 
 import asyncio
 import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import aclosing, suppress
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass
 from itertools import islice
 
-from loraplex_client import AsyncClient, Delta, LoraplexError, Started, Timings
+from loraplex_client import AsyncClient, LoraplexError
+from outcome import Asking, Outcome, ask
 from pulse import Pulse
 from workload import Request
-
-
-@dataclass(slots=True)
-class Outcome:
-    """One request's course, in seconds of `time.perf_counter`. Grows while its tokens arrive."""
-
-    request: Request
-    due: float  # what its latencies count from: see `Pace`
-    sent: float | None = None  # None: it waits for a place among those that may run
-    ended: float | None = None  # None: it was cut off
-    arrivals: list[float] = field(default_factory=list)  # when tokens came
-    counts: list[int] = field(default_factory=list)  # how many at each of them
-    cached_tokens: int = 0  # of the prompt
-    timings: Timings | None = None  # the server's, once it has finished
-    error: str | None = None  # the gRPC code and, where the server said one, the reason
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(self.counts)
-
-    @property
-    def is_complete(self) -> bool:
-        return self.ended is not None and self.error is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,14 +26,6 @@ class Pace:
     is_open: bool
     concurrency: int | None = None  # in an open loop the most that run at one time
     cut_after: float | None = None  # seconds; what runs then is left where it is
-
-
-@dataclass(frozen=True, slots=True)
-class Asking:
-    """How each request is put, beside what the workload says."""
-
-    temperature: float = 0.0
-    timeout: float | None = None  # seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +67,7 @@ class Load:
         gc.freeze()
         try:
             async with self._pulse.beating(lambda: report(self._num_done(), total)):
-                self._start = time.perf_counter()
+                self._start = time.monotonic()
                 with suppress(TimeoutError):
                     async with asyncio.timeout(self._pace.cut_after):
                         await (self._open() if self._pace.is_open else self._closed())
@@ -120,19 +90,19 @@ class Load:
     async def _open(self) -> None:
         places = asyncio.Semaphore(self._pace.concurrency or len(self._requests) or 1)
 
-        async def ask(outcome: Outcome) -> None:
+        async def in_turn(outcome: Outcome) -> None:
             async with places:
                 await self._ask(outcome)
 
         async with asyncio.TaskGroup() as group:
             for request in self._requests:
                 due = self._start + request.at
-                pause = due - time.perf_counter()
+                pause = due - time.monotonic()
                 if pause > 0:
                     await asyncio.sleep(pause)
                 outcome = Outcome(request, due)
                 self._outcomes.append(outcome)
-                group.create_task(ask(outcome))
+                group.create_task(in_turn(outcome))
 
     async def _closed(self) -> None:
         left = iter(self._requests)
@@ -143,39 +113,14 @@ class Load:
     async def _ask_on(self, first: Request, left: Iterator[Request]) -> None:
         request: Request | None = first
         while request is not None:
-            outcome = Outcome(request, time.perf_counter())
+            outcome = Outcome(request, time.monotonic())
             self._outcomes.append(outcome)
             await self._ask(outcome)
             request = next(left, None)
 
     async def _ask(self, outcome: Outcome) -> None:
-        request, clock = outcome.request, time.perf_counter
-        arrived, counted = outcome.arrivals.append, outcome.counts.append
-        outcome.sent = clock()
-        stream = self._client.stream(
-            token_ids=request.token_ids,
-            adapter_id=request.adapter or "",
-            priority=request.priority,
-            max_tokens=request.max_tokens,
-            ignore_eos=True,
-            temperature=self._asking.temperature,
-            repetition_penalty=1.0,
-            timeout=self._asking.timeout,
-        )
-        try:
-            async with aclosing(stream) as events:
-                async for event in events:
-                    if isinstance(event, Delta):
-                        if event.token_ids:
-                            arrived(clock())
-                            counted(len(event.token_ids))
-                    elif isinstance(event, Started):
-                        outcome.cached_tokens = event.cached_tokens
-                    else:
-                        outcome.timings = event.timings
-        except LoraplexError as error:
-            outcome.error = " ".join(filter(None, (error.code.name, error.reason)))
-        outcome.ended = clock()
+        with suppress(LoraplexError):  # it is in the outcome
+            await ask(self._client, outcome, self._asking)
 
     def _num_done(self) -> int:
         return sum(outcome.ended is not None for outcome in self._outcomes)

@@ -12,13 +12,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from closed_loop import Answer, Ask, Clients, Prompts, pauses_within, stop, tokens_within
+from closed_loop import Clients, Prompts, pauses_within, stop, tokens_within
 from command import Check, Findings, build_parser, number, progress, run_command, table
 from figures import percentile
 from lifecycle import make_resident
 from loraplex_client import AsyncClient
+from outcome import Outcome
 from pulse import Pulse
-from scenario import Scene, all_decode, ask_all, scene, until
+from scenario import Once, Scene, all_decode, scene, until
+from workload import Request
 
 DESCRIPTION = """\
 Sixteen streams decode, two on each of eight adapters. Then a prompt of 4,096 tokens comes, and
@@ -55,17 +57,17 @@ Window = tuple[float, float]
 class Run:
     """The same streams with and without a long prompt; moments are of `time.monotonic`."""
 
-    answers: list[Answer] = field(default_factory=list)
+    outcomes: list[Outcome] = field(default_factory=list)
     quiet: list[Window] = field(default_factory=list)
     prefill: list[Window] = field(default_factory=list)
     cpu_share: float = 0.0  # the client's, of one core
 
     def gaps(self, windows: Sequence[Window]) -> list[float]:
-        return pauses_within(self.answers, windows)
+        return pauses_within(self.outcomes, windows)
 
     def rate(self, windows: Sequence[Window]) -> float:
         """Tokens a second of all streams together."""
-        tokens = sum(tokens_within(self.answers, *window) for window in windows)
+        tokens = sum(tokens_within(self.outcomes, *window) for window in windows)
         return tokens / sum(end - begin for begin, end in windows)
 
 
@@ -119,29 +121,29 @@ async def _run(
     num_gaps: int,
 ) -> Run:
     run, clients, pulse = Run(), Clients(client, args.streams), Pulse()
-    run.answers = clients.answers
-    asks = [
-        Ask(short.next(), at.adapters[index % len(at.adapters)], args.stream_tokens)
+    run.outcomes = clients.outcomes
+    requests = [
+        Request(short.next(), at.adapters[index % len(at.adapters)], args.stream_tokens)
         for index in range(args.streams)
     ]
-    streams = asyncio.create_task(ask_all(clients, asks))
+    streams = asyncio.create_task(clients.run(Once(requests)))
     try:
-        await until(lambda: all_decode(run.answers, args.streams), streams)
+        await until(lambda: all_decode(run.outcomes, args.streams), streams)
         async with pulse.beating(lambda: None):
             await _quiet(run, MIN_QUIET_SECONDS, streams)
             while len(run.gaps(run.prefill)) < num_gaps and len(run.prefill) < MAX_LONG_PROMPTS:
                 adapter = at.adapters[len(run.prefill) % len(at.adapters)]
-                ask = Ask(long.next(), adapter, LONG_OUTPUT)
-                [answer] = await ask_all(Clients(client, 1), [ask])
-                run.prefill.append((answer.sent, answer.arrivals[0].seconds))
-                await _quiet(run, max(MIN_QUIET_SECONDS, answer.first_token), streams)
+                request = Request(long.next(), adapter, LONG_OUTPUT)
+                [outcome] = await Clients(client, 1).run(Once([request]))
+                run.prefill.append((outcome.due, outcome.arrivals[0]))
+                await _quiet(run, max(MIN_QUIET_SECONDS, outcome.first_token), streams)
     finally:
         await stop(streams)
     run.cpu_share = pulse.cpu_share
     return run
 
 
-async def _quiet(run: Run, seconds: float, streams: "asyncio.Task[list[Answer]]") -> None:
+async def _quiet(run: Run, seconds: float, streams: "asyncio.Task[list[Outcome]]") -> None:
     await asyncio.sleep(SECONDS_TO_SETTLE)
     begin = time.monotonic()
     await until(lambda: time.monotonic() > begin + seconds, streams)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from adapter_files import linears_of, write_adapter
-from closed_loop import Ask, Clients, Load, Prompts, stop, tokens_within
+from closed_loop import Clients, Load, Prompts, stop, tokens_within
 from command import Check, Findings, build_parser, number, progress, run_command, table
 from lifecycle import (
     Server,
@@ -32,6 +32,7 @@ from lifecycle import (
 from loraplex.adapters.store import AdapterStore
 from loraplex_client import AsyncClient
 from popularity import zipf_weights
+from workload import Request
 
 DESCRIPTION = """\
 Two servers, one with 2,000 adapters registered (ranks 4 to 16 on q and v), one with 5. In turn:
@@ -77,11 +78,11 @@ class Draws:
         self._prompts = prompts
         self._rng = random.Random(f"mixed {seed}")
 
-    def next(self, client: int) -> Ask:
+    def next(self, client: int) -> Request:
         (adapter,) = self._rng.choices(self._adapters, self._weights)
-        return Ask(self._prompts.next(), adapter, self._rng.randint(32, 96))
+        return Request(self._prompts.next(), adapter, self._rng.randint(32, 96))
 
-    def done(self, ask: Ask) -> None:
+    def done(self, request: Request) -> None:
         pass
 
 
@@ -98,17 +99,17 @@ class Aliased:
         self._names: dict[str, str] = {}
         self._uses = Counter[str]()
 
-    def next(self, client: int) -> Ask:
-        ask = self._load.next(client)
-        assert ask.adapter is not None
-        if ask.adapter not in self._names:
+    def next(self, client: int) -> Request:
+        request = self._load.next(client)
+        assert request.adapter is not None
+        if request.adapter not in self._names:
             # The one that was free for longest: each has its turn, and all stay resident.
-            self._names[ask.adapter] = self._free.pop(0)
-        self._uses[ask.adapter] += 1
-        return ask._replace(adapter=self._names[ask.adapter])
+            self._names[request.adapter] = self._free.pop(0)
+        self._uses[request.adapter] += 1
+        return request._replace(adapter=self._names[request.adapter])
 
-    def done(self, ask: Ask) -> None:
-        original = next(name for name, alias in self._names.items() if alias == ask.adapter)
+    def done(self, request: Request) -> None:
+        original = next(name for name, alias in self._names.items() if alias == request.adapter)
         self._uses[original] -= 1
         if not self._uses[original]:
             self._free.append(self._names.pop(original))
@@ -239,10 +240,10 @@ async def _run(args: argparse.Namespace, server: Server, kind: Kind, seed: int) 
         await asyncio.wait([running], timeout=args.seconds)
         after, end = await asyncio.to_thread(server.counters), time.monotonic()
         await stop(running)
-    num_sent = sum(1 for answer in clients.answers if begin <= answer.sent < end)
+    num_sent = sum(1 for outcome in clients.outcomes if begin <= outcome.due < end)
     num_loads = after.since(before, "adapter_loads_total", result="ok")
     return Run(
-        tokens_within(clients.answers, begin, end) / (end - begin),
+        tokens_within(clients.outcomes, begin, end) / (end - begin),
         after.mean_since(before, "batch_distinct_adapters") or 0.0,
         1 - num_loads / num_sent if num_sent else 1.0,
     )

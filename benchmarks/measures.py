@@ -17,7 +17,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate, pairwise
 
 from figures import percentile
-from load import Outcome, Run
+from load import Run
+from outcome import Outcome
 
 Figures = dict[str, float | None]
 """None where there was nothing to measure."""
@@ -30,7 +31,7 @@ PERCENTS = (90, 99)
 
 
 def ttft(outcome: Outcome) -> float | None:
-    return (outcome.arrivals[0] - outcome.due) * 1e3 if outcome.arrivals else None
+    return outcome.first_token * 1e3 if outcome.arrivals else None
 
 
 def tpot(outcome: Outcome) -> float | None:

@@ -16,7 +16,7 @@ from typing import Any
 
 from adapter_files import linears_of, write_adapter
 from child import BenchmarkError, Child
-from closed_loop import Ask, Clients, Prompts
+from closed_loop import Clients, Prompts
 from command import Check, Findings, build_parser, number, progress, run_command, table
 from lifecycle import (
     Server,
@@ -32,7 +32,8 @@ from loraplex.config import format_size, parse_size
 from loraplex.model.config import read_model_config
 from loraplex_client import AsyncClient
 from process_memory import ProcessMemory, maps, memory_of
-from scenario import RANK, ask_all
+from scenario import RANK, Once
+from workload import Request
 
 DESCRIPTION = """\
 A server with a small arena gets eight adapters, brings all of them to its device and answers
@@ -150,11 +151,11 @@ async def _serve(
         most = moments["all adapters on the device"]
         kv_blocks = 0.0
         for wave in range(args.waves):
-            asks = [
-                Ask(prompts.next(), adapters[index % len(adapters)], args.max_tokens)
+            requests = [
+                Request(prompts.next(), adapters[index % len(adapters)], args.max_tokens)
                 for index in range(args.batch)
             ]
-            running = asyncio.create_task(ask_all(Clients(client, args.batch), asks))
+            running = asyncio.create_task(Clients(client, args.batch).run(Once(requests)))
             while not running.done():
                 most = max(most, memory_of(server.pid), key=lambda each: each.resident)
                 counters = await asyncio.to_thread(server.counters)

@@ -10,8 +10,9 @@ from textwrap import wrap
 from typing import Any
 
 from child import BenchmarkError
-from load import Outcome, Run
+from load import Run
 from measures import is_cold, itl, tokens_by_adapter, tokens_by_second, ttft
+from outcome import Outcome
 
 MOST_NAMED = 16
 """More adapters than that get no names under their bars."""

@@ -19,18 +19,18 @@ class Pulse:
 
     def __init__(self) -> None:
         self.lags: list[float] = []  # seconds
-        self.stopped_at = 0.0  # of `time.perf_counter`
+        self.stopped_at = 0.0  # of `time.monotonic`
         self.cpu_share = 0.0  # of one core, by the thread of the event loop
 
     @asynccontextmanager
     async def beating(self, report: Callable[[], None]) -> AsyncIterator[None]:
         """Inside, it beats, and calls `report` a few times a second."""
-        began, cpu = time.perf_counter(), time.thread_time()
+        began, cpu = time.monotonic(), time.thread_time()
         task = asyncio.create_task(self._beat(report))
         try:
             yield
         finally:
-            self.stopped_at = time.perf_counter()
+            self.stopped_at = time.monotonic()
             self.cpu_share = (time.thread_time() - cpu) / max(self.stopped_at - began, 1e-9)
             task.cancel()
             with suppress(asyncio.CancelledError):
@@ -39,7 +39,7 @@ class Pulse:
     async def _beat(self, report: Callable[[], None]) -> None:
         while True:
             for _ in range(_BEATS_A_REPORT):
-                before = time.perf_counter()
+                before = time.monotonic()
                 await asyncio.sleep(INTERVAL)
-                self.lags.append(time.perf_counter() - before - INTERVAL)
+                self.lags.append(time.monotonic() - before - INTERVAL)
             report()

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import plots
 from child import BenchmarkError
 from cliffs import Point, lowest
-from closed_loop import Answer, Ask, Clients, Prompts, stop
+from closed_loop import Clients, Prompts, stop
 from command import (
     RESULTS,
     Check,
@@ -26,11 +26,12 @@ from command import (
     run_command,
     table,
 )
-from figures import decode_rate
+from figures import Arrival, decode_rate
 from lifecycle import make_resident
 from loraplex_client import AsyncClient
 from pulse import Pulse
-from scenario import Scene, all_decode, ask_all, scene, until
+from scenario import Once, Scene, all_decode, scene, until
+from workload import Request
 
 DESCRIPTION = """\
 Decode tokens a second against what makes a step dearer: the batch, without adapters and with eight;
@@ -186,32 +187,33 @@ async def _sample(
     not while the first of them wait for the last one's prompt."""
     prompts = Prompts(vocab_size, shape.prompt_tokens, args.seed)
     names: Sequence[str | None] = at.adapters[: shape.adapters] or [None]
-    asks = [Ask(prompts.next(), names[i % len(names)], MAX_TOKENS) for i in range(shape.batch)]
+    requests = [
+        Request(prompts.next(), names[i % len(names)], MAX_TOKENS) for i in range(shape.batch)
+    ]
     if shape.prompt_tokens > SHORT_PROMPT:
-        await ask_all(Clients(client, shape.batch), [ask._replace(max_tokens=1) for ask in asks])
+        ahead = [request._replace(max_tokens=1) for request in requests]
+        await Clients(client, shape.batch).run(Once(ahead))
     clients = Clients(client, shape.batch)
-    streams = asyncio.create_task(ask_all(clients, asks))
+    streams = asyncio.create_task(clients.run(Once(requests)))
     try:
-        await until(lambda: all_decode(clients.answers, shape.batch), streams)
-        before = [_num_tokens(answer) for answer in clients.answers]
+        await until(lambda: all_decode(clients.outcomes, shape.batch), streams)
+        before = [outcome.num_tokens for outcome in clients.outcomes]
 
         def is_enough() -> bool:
-            pairs = zip(clients.answers, before, strict=True)
-            return all(_num_tokens(answer) - begun >= args.tokens for answer, begun in pairs)
+            pairs = zip(clients.outcomes, before, strict=True)
+            return all(outcome.num_tokens - begun >= args.tokens for outcome, begun in pairs)
 
         await until(is_enough, streams)
     finally:
         await stop(streams)
     await asyncio.sleep(SECONDS_TO_SETTLE)  # until the server has left them, too
-    rate = decode_rate([tuple(answer.arrivals) for answer in clients.answers])
+    rate = decode_rate(
+        [tuple(map(Arrival, each.arrivals, each.counts)) for each in clients.outcomes]
+    )
     if rate is None:
         raise BenchmarkError("the streams did not decode together")
     generated = statistics.mean(before) + args.tokens / 2
     return Sample(rate, shape.prompt_tokens + generated)
-
-
-def _num_tokens(answer: Answer) -> int:
-    return sum(arrival.num_tokens for arrival in answer.arrivals)
 
 
 def points(curve: Curve, samples: Mapping[Shape, Sequence[Sample]]) -> list[Point]:

@@ -13,7 +13,6 @@ from pathlib import Path
 
 from adapter_files import linears_of, weights_bytes, write_adapter
 from child import BenchmarkError
-from closed_loop import Answer, Ask, Clients
 from command import progress
 from lifecycle import (
     Server,
@@ -24,6 +23,8 @@ from lifecycle import (
     upload_all,
 )
 from loraplex.config import format_size
+from outcome import Outcome
+from workload import Request
 
 RANK = 16
 
@@ -42,13 +43,13 @@ class Scene:
 class Once:
     """A `Load` of one request a client."""
 
-    def __init__(self, asks: Sequence[Ask]) -> None:
-        self._asks = dict(enumerate(asks))
+    def __init__(self, requests: Sequence[Request]) -> None:
+        self._requests = dict(enumerate(requests))
 
-    def next(self, client: int) -> Ask | None:
-        return self._asks.pop(client, None)
+    def next(self, client: int) -> Request | None:
+        return self._requests.pop(client, None)
 
-    def done(self, ask: Ask) -> None:
+    def done(self, request: Request) -> None:
         pass
 
 
@@ -89,18 +90,7 @@ def scene(
             yield Scene(server, tuple(folders))
 
 
-async def ask_all(clients: Clients, asks: Sequence[Ask]) -> list[Answer]:
-    """A request each; of several that fail, the first one's error."""
-    try:
-        return await clients.run(Once(asks))
-    except BaseExceptionGroup as group:
-        error: BaseException = group
-        while isinstance(error, BaseExceptionGroup):
-            error = error.exceptions[0]
-        raise error from None
-
-
-async def until(holds: Callable[[], bool], streams: "asyncio.Task[list[Answer]]") -> None:
+async def until(holds: Callable[[], bool], streams: "asyncio.Task[list[Outcome]]") -> None:
     """BenchmarkError where the streams have ended and it does not hold."""
     while not holds():
         if streams.done():
@@ -109,6 +99,6 @@ async def until(holds: Callable[[], bool], streams: "asyncio.Task[list[Answer]]"
         await asyncio.sleep(_SECONDS_BETWEEN_LOOKS)
 
 
-def all_decode(answers: Sequence[Answer], number: int) -> bool:
+def all_decode(outcomes: Sequence[Outcome], number: int) -> bool:
     """So many streams were begun, and each has had a token after its first."""
-    return len(answers) == number and all(len(answer.arrivals) > 1 for answer in answers)
+    return len(outcomes) == number and all(len(outcome.arrivals) > 1 for outcome in outcomes)

@@ -16,10 +16,11 @@ import plots
 from child import BenchmarkError, Child
 from command import RESULTS, progress
 from environment import environment
-from load import Asking, Load, Pace, Run
+from load import Load, Pace, Run
 from loraplex.progress import progress_bar
 from loraplex_client import AsyncClient, LoraplexError, ServerInfo
 from made_up import MadeUp, missing, names_of
+from outcome import Asking
 from serving_options import is_open
 from serving_report import Report, as_json, markdown
 from trace_file import TraceLine, read_trace, write_trace

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterable, Sequence
 
-from load import Outcome
 from measures import name_of, ttft
+from outcome import Outcome
 
 INPUT_WEIGHT, OUTPUT_WEIGHT = 1, 2
 """Of a prompt's token and of a generated one, in a server's service.
@@ -12,17 +12,11 @@ The weights of Sheng et al., "Fairness in Serving Large Language Models" (OSDI 2
 """
 
 
-def tokens_between(outcome: Outcome, begin: float, end: float) -> int:
-    """Generated ones that arrived then."""
-    arrived = zip(outcome.arrivals, outcome.counts, strict=True)
-    return sum(count for moment, count in arrived if begin <= moment < end)
-
-
 def service(outcome: Outcome, begin: float, end: float) -> int:
     """Weighted tokens; a prompt's are all served at the first token."""
     prompt = len(outcome.request.token_ids) if outcome.arrivals else 0
     was_prefilled = prompt and begin <= outcome.arrivals[0] < end
-    generated = tokens_between(outcome, begin, end)
+    generated = outcome.tokens_between(begin, end)
     return INPUT_WEIGHT * prompt * bool(was_prefilled) + OUTPUT_WEIGHT * generated
 
 
@@ -35,7 +29,7 @@ def demand_served(outcomes: Iterable[Outcome], begin: float, end: float) -> dict
         if begin <= outcome.due <= end:
             name = name_of(outcome)
             asked[name] = asked.get(name, 0) + outcome.request.max_tokens
-            served[name] = served.get(name, 0) + tokens_between(outcome, begin, end)
+            served[name] = served.get(name, 0) + outcome.tokens_between(begin, end)
     return {name: served[name] / asked[name] for name in asked}
 
 

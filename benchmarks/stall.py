@@ -16,12 +16,14 @@ from pathlib import Path
 
 from adapter_files import linears_of, weights_bytes, write_adapter, write_variant
 from child import BenchmarkError, Child
-from closed_loop import Answer, Ask, Clients, Prompts, pauses_within, stop
+from closed_loop import Clients, Prompts, pauses_within, stop
 from command import Check, Findings, build_parser, number, progress, run_command, table
 from figures import percentile
 from lifecycle import Server, ServerSettings, model_folder, running_server, upload_all
 from loraplex_client import AsyncClient
+from outcome import Outcome
 from uploader import Moments
+from workload import Request
 
 DESCRIPTION = """\
 Streams run on resident adapters; meanwhile adapters of about 40 MB come, one after another, each
@@ -85,14 +87,14 @@ class LongStreams:
         self._num_clients = num_clients
         self._begun: set[int] = set()
 
-    def next(self, client: int) -> Ask:
+    def next(self, client: int) -> Request:
         tokens = self._max_tokens
         if client not in self._begun:
             self._begun.add(client)
             tokens = max(2, tokens * (client + 1) // self._num_clients)
-        return Ask(self._prompts.next(), self._adapters[client % len(self._adapters)], tokens)
+        return Request(self._prompts.next(), self._adapters[client % len(self._adapters)], tokens)
 
-    def done(self, ask: Ask) -> None:
+    def done(self, request: Request) -> None:
         pass
 
 
@@ -141,7 +143,7 @@ class _Session:
         self._uploader = uploader
         self._adapter = adapter
         self.windows = Windows()
-        self.answers: list[Answer] = []
+        self.outcomes: list[Outcome] = []
         self.num_bytes = weights_bytes(adapter)
 
     async def run(self, adapters: Sequence[str]) -> None:
@@ -150,10 +152,10 @@ class _Session:
             info = await client.server_info()
             prompts = Prompts(info.vocab_size, 64, args.seed)
             clients = Clients(client, args.streams)
-            self.answers = clients.answers
+            self.outcomes = clients.outcomes
             load = LongStreams(adapters, prompts, args.stream_tokens, args.streams)
             streams = asyncio.create_task(clients.run(load))
-            await _until(lambda: _num_decoding(self.answers) == args.streams, streams)
+            await _until(lambda: _num_decoding(self.outcomes) == args.streams, streams)
             turns = asyncio.create_task(self._take_turns("pin" in info.features))
             await asyncio.wait([streams, turns], return_when=asyncio.FIRST_COMPLETED)
             await stop(streams)
@@ -188,11 +190,11 @@ class _Session:
             return False
         if len(windows.uploads) >= MAX_UPLOADS:
             return True
-        pooled = (pauses_within(self.answers, each) for each in (windows.busy(), windows.quiet))
+        pooled = (pauses_within(self.outcomes, each) for each in (windows.busy(), windows.quiet))
         return all(len(pauses) >= args.pauses for pauses in pooled)
 
 
-async def _until(holds: Callable[[], bool], task: "asyncio.Task[list[Answer]]") -> None:
+async def _until(holds: Callable[[], bool], task: "asyncio.Task[list[Outcome]]") -> None:
     while not holds():
         if task.done():
             task.result()
@@ -200,8 +202,8 @@ async def _until(holds: Callable[[], bool], task: "asyncio.Task[list[Answer]]") 
         await asyncio.sleep(0.1)
 
 
-def _num_decoding(answers: Sequence[Answer]) -> int:
-    return sum(1 for answer in answers if len(answer.arrivals) > 1 and answer.timings is None)
+def _num_decoding(outcomes: Sequence[Outcome]) -> int:
+    return sum(1 for each in outcomes if len(each.arrivals) > 1 and each.timings is None)
 
 
 def _findings(session: _Session) -> Findings:
@@ -211,7 +213,7 @@ def _findings(session: _Session) -> Findings:
         "upload": windows.busy(),
         **{f"- {name}": windows.phase(name) for name in PHASES},
     }
-    figures = {name: _figures(session.answers, each) for name, each in spans.items()}
+    figures = {name: _figures(session.outcomes, each) for name, each in spans.items()}
     quiet, busy = figures["quiet"], figures["upload"]
     checks = [
         Check("p99 of the pauses during uploads over p99 without", busy[P99] / quiet[P99], LIMIT),
@@ -234,8 +236,8 @@ def _findings(session: _Session) -> Findings:
     return Findings(text, {**record, "upload_bytes": size}, checks)
 
 
-def _figures(answers: Sequence[Answer], spans: Sequence[Window]) -> dict[str, float]:
-    pauses = pauses_within(answers, spans)
+def _figures(outcomes: Sequence[Outcome], spans: Sequence[Window]) -> dict[str, float]:
+    pauses = pauses_within(outcomes, spans)
     return {
         "pauses": len(pauses),
         "seconds": sum(end - begin for begin, end in spans),

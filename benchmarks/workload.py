@@ -19,10 +19,10 @@ from trace_file import TraceLine
 class Request(NamedTuple):
     """One completion, of exactly `max_tokens` tokens."""
 
-    at: float  # seconds from the start at which it is due; a closed loop takes only the order
-    adapter: str | None  # None: the bare base
     token_ids: tuple[int, ...]  # the prompt
+    adapter: str | None  # None: the bare base
     max_tokens: int
+    at: float = 0.0  # seconds from the start at which it is due; a closed loop asks by the order
     priority: int | None = None
 
 

@@ -3,29 +3,30 @@
 from itertools import islice
 
 import pytest
-from closed_loop import Ask, Prompts
+from closed_loop import Prompts
 from cold_start import Round
 from many_adapters import Aliased, Draws
 from mixed_ranks import rounded_up
 from stall import LongStreams, Windows
 from uploader import Moments
+from workload import Request
 
 PROMPTS = Prompts(10, 2, seed=1)
 
 
-def ask(adapter: str = "a", max_tokens: int = 64) -> Ask:
-    return Ask((1,), adapter, max_tokens)
+def request(adapter: str = "a", max_tokens: int = 64) -> Request:
+    return Request((1,), adapter, max_tokens)
 
 
 def test_a_rounds_first_requests_have_random_lengths() -> None:
-    load = Round([ask(str(i)) for i in range(5)], seed=1)
-    asks = [load.next(client) for client in (0, 1, 1, 0, 0, 1)]
+    load = Round([request(str(i)) for i in range(5)], seed=1)
+    requests = [load.next(client) for client in (0, 1, 1, 0, 0, 1)]
 
-    assert [each.adapter for each in asks if each] == ["0", "1", "2", "3", "4"]
-    lengths = [each.max_tokens for each in asks if each]
+    assert [each.adapter for each in requests if each] == ["0", "1", "2", "3", "4"]
+    lengths = [each.max_tokens for each in requests if each]
     assert all(length < 64 for length in lengths[:2])
     assert lengths[2:] == [64] * 3
-    assert asks[-1] is None
+    assert requests[-1] is None
 
 
 def test_streams_end_one_after_another() -> None:
@@ -50,7 +51,7 @@ def test_aliases_are_as_many_as_the_adapters_that_run() -> None:
     plain = Draws(names, [1.0] * 50, PROMPTS, seed=3)
     aliased = Aliased(Draws(names, [1.0] * 50, PROMPTS, seed=3), names[:8])
     originals = [plain.next(0) for _ in range(200)]
-    running: list[tuple[Ask, Ask]] = []
+    running: list[tuple[Request, Request]] = []
     seen = set()
     for original in originals:
         if len(running) == 8:
@@ -66,7 +67,8 @@ def test_aliases_are_as_many_as_the_adapters_that_run() -> None:
 def test_draws_repeat_with_the_seed() -> None:
     def some(seed: int) -> list[tuple[str | None, int]]:
         load = Draws(["a", "b"], [1.0, 1.0], PROMPTS, seed)
-        return [each[1:] for each in islice(iter(lambda: load.next(0), None), 20)]
+        requests = islice(iter(lambda: load.next(0), None), 20)
+        return [(each.adapter, each.max_tokens) for each in requests]
 
     assert some(1) == some(1) != some(2)
 

@@ -1,17 +1,16 @@
 """Gaps of the streams beside a prefill and without, of the same run."""
 
 import pytest
-from closed_loop import Answer, Ask
-from figures import Arrival
 from long_prompt import Run, figures_of
+
+from tests.benchmarks.timelines import outcome
 
 
 def test_a_run_compares_its_windows() -> None:
     """Two streams of a token every 0.1 s, and every 0.5 s while a prompt is prefilled."""
     moments = [0.0, 0.1, 0.2, 0.3, 0.8, 1.3, 1.8, 1.9, 2.0, 2.1]
-    ask = Ask((1,), "a", 16)
     run = Run(
-        answers=[Answer(ask, -1.0, [Arrival(each, 1) for each in moments]) for _ in range(2)],
+        outcomes=[outcome(-1.0, *moments) for _ in range(2)],
         quiet=[(0.05, 0.25), (1.85, 2.05)],
         prefill=[(0.31, 1.79)],
     )

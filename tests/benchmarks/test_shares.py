@@ -1,8 +1,8 @@
 """What each adapter asked for and got."""
 
 import pytest
-from load import Outcome
-from shares import demand_served, first_tokens, service, tokens_between
+from outcome import Outcome
+from shares import demand_served, first_tokens, service
 from workload import Request
 
 
@@ -10,12 +10,8 @@ def outcome(
     *arrivals: float, due: float = 0.0, adapter: str = "a", prompt: int = 10, asked: int = 4
 ) -> Outcome:
     """One token an arrival."""
-    request = Request(due, adapter, tuple(range(prompt)), asked)
+    request = Request(tuple(range(prompt)), adapter, asked, due)
     return Outcome(request, due, arrivals=list(arrivals), counts=[1] * len(arrivals))
-
-
-def test_tokens_count_where_they_arrive() -> None:
-    assert tokens_between(outcome(1.0, 2.0, 3.0, 4.0), 2.0, 4.0) == 2
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 
-from load import Outcome, Run
+from load import Run
 from loraplex_client import Timings
+from outcome import Outcome
 from workload import Request
 
 
@@ -22,7 +23,7 @@ def outcome(
     number = list(counts) or [1] * len(arrivals)
     end = ended if ended is not None else (arrivals[-1] if arrivals else due)
     return Outcome(
-        request=Request(due, adapter, (1, 2, 3), max(1, sum(number))),
+        request=Request((1, 2, 3), adapter, max(1, sum(number)), due),
         due=due,
         sent=due if sent is None else sent,
         ended=None if is_cut else end,
