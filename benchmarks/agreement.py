@@ -57,9 +57,9 @@ class Agreement:
 
 
 def ask(system: System, workload: Workload) -> Said:
-    """Two short waves: the bare base, and an adapter a row where the system takes any."""
+    """Two short waves: the bare base, and the adapters where the system takes any."""
     rows = min(ROWS, len(workload.adapters))
-    mixed = workload.wave(Shape(max(rows, 1), rows), repeat=-2)
+    mixed = workload.wave(Shape(ROWS, rows), repeat=-2)
     mixed = replace(mixed, max_tokens=TOKENS, seconds=SECONDS)
     base = replace(mixed, adapters=(None,) * len(mixed.prompts))
     said = _tokens(system, base)

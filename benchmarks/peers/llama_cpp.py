@@ -3,8 +3,14 @@
 The model is the GGUF (Q4_1) that the default model was made from, so that its weights are the very
 numbers that everyone else reads. The adapters are its own form of the same ones.
 
-AMX is off: what gcc 12 makes of its AMX code ends with an illegal instruction. `GGML_NATIVE` would
-bring it back, so the other extensions that the CPU has are named one by one.
+It is compiled for what this CPU has, AMX included, by name: so the recipe tells what is in it. For
+gcc 12 `ldtilecfg` reads 8 bytes of the tiles' 64 (`amxtileintrin.h`), so that it may drop the
+writes to the others: one line more in the source makes it keep them.
+
+Its threads meet after every operation, through OpenMP. The server is started without
+OMP_WAIT_POLICY: then they spin for a while and sleep after that. With PASSIVE, where they sleep at
+once, a build without AMX had a third of its speed with one request; with ACTIVE it took a core
+while nobody asked. `--poll` made no difference, nor did adapters that are loaded with scale 0.
 
 Requests for different adapters never share a batch there (its README says so): the first one's
 adapter goes on until its requests have ended. A request for the base has to name every adapter
@@ -44,7 +50,14 @@ _EXTENSIONS = {  # by the name Linux has for them; AVX2 and below are on by defa
     "avx512_vnni": "GGML_AVX512_VNNI",
     "avx512_bf16": "GGML_AVX512_BF16",
     "avx_vnni": "GGML_AVX_VNNI",
+    "amx_tile": "GGML_AMX_TILE",
+    "amx_int8": "GGML_AMX_INT8",
+    "amx_bf16": "GGML_AMX_BF16",
 }
+
+_TILES = Path("ggml", "src", "ggml-cpu", "amx", "mmq.cpp")
+_LOAD_TILES = "    _tile_loadconfig(&tc);"
+_KEEP_WRITES = '    __asm__ volatile("" : : "r"(&tc) : "memory");'
 
 
 def server_path(environment: Environment) -> Path:
@@ -54,15 +67,28 @@ def server_path(environment: Environment) -> Path:
 def build(environment: Environment, progress: Progress) -> None:
     """The server alone, with the compiler of this machine and cmake and ninja from pip."""
     source = _unpacked(environment, progress)
-    options = ["CMAKE_BUILD_TYPE=Release", *(f"{name}=OFF" for name in _OFF)]
-    options += extensions(Path("/proc/cpuinfo"))
+    keep_tile_config(source / _TILES)
     bin_ = environment.folder / "bin"
     target = environment.folder / "build"
     configure = [bin_ / "cmake", "-S", source, "-B", target, "-G", "Ninja"]
     progress("configuring", 0, 0)
-    environment.run([*configure, *(f"-D{each}" for each in options)], "cmake", lambda line: None)
+    environment.run([*configure, *(f"-D{each}" for each in _options())], "cmake", lambda line: None)
     make = [bin_ / "cmake", "--build", target, "--target", "llama-server"]
     environment.run(make, "compiling", partial(_count, progress))
+
+
+def recipe() -> str:
+    """What `build` does on this machine."""
+    return "\n".join(["", SOURCE, *_options(), f"{_TILES}: {_KEEP_WRITES.strip()}", ""])
+
+
+def keep_tile_config(source: Path) -> None:
+    """The compiler must write all of the tiles' shapes before they are loaded. Unavailable if it
+    finds no place for that."""
+    before, found, after = source.read_text(encoding="utf-8").partition(_LOAD_TILES)
+    if not found:
+        raise Unavailable(f"{source} is not the one that this was written for")
+    source.write_text(f"{before}{_KEEP_WRITES}\n{found}{after}", encoding="utf-8")
 
 
 def extensions(cpuinfo: Path) -> list[str]:
@@ -103,7 +129,7 @@ def server_command(
 ) -> list[str]:
     threads, slots = str(settings.threads), settings.max_batch
     command = [str(server), "--host", "127.0.0.1", "--port", str(port), "-m", str(gguf)]
-    command += ["--threads", threads, "--threads-batch", threads, "--poll", "0"]
+    command += ["--threads", threads, "--threads-batch", threads]
     command += ["--parallel", str(slots), "--ctx-size", str(slots * settings.max_context)]
     command += ["--cache-ram", "0", "--ctx-checkpoints", "0"]
     if adapters:
@@ -147,6 +173,12 @@ def _converted(settings: PeerSettings, name: str, work: Path) -> Path:
     target = work / f"{name}.gguf"
     write_gguf_adapter(Path(settings.adapters[name]), Path(settings.model), target)
     return target
+
+
+def _options() -> list[str]:
+    """For cmake."""
+    off = (f"{name}=OFF" for name in _OFF)
+    return ["CMAKE_BUILD_TYPE=Release", *off, *extensions(Path("/proc/cpuinfo"))]
 
 
 def _unpacked(environment: Environment, progress: Progress) -> Path:

@@ -40,12 +40,30 @@ def test_llama_cpp_has_a_slot_a_request_with_room_for_it() -> None:
     assert command.endswith("--lora /adapters/a.gguf,/adapters/b.gguf")
 
 
-def test_llama_cpp_is_compiled_for_what_the_cpu_has_but_amx(tmp_path: Path) -> None:
+def test_llama_cpp_is_compiled_for_what_the_cpu_has(tmp_path: Path) -> None:
     cpuinfo = tmp_path / "cpuinfo"
     cpuinfo.write_text("processor : 0\nflags\t: fpu avx2 avx512f avx512_vnni amx_int8\n")
 
-    assert llama_cpp.extensions(cpuinfo) == ["GGML_AVX512=ON", "GGML_AVX512_VNNI=ON"]
+    assert llama_cpp.extensions(cpuinfo) == [
+        "GGML_AVX512=ON",
+        "GGML_AVX512_VNNI=ON",
+        "GGML_AMX_INT8=ON",
+    ]
     assert llama_cpp.extensions(tmp_path / "none") == []
+
+
+def test_llama_cpp_writes_its_tile_config_before_it_loads_it(tmp_path: Path) -> None:
+    source = tmp_path / "mmq.cpp"
+    source.write_text("    tc.rows[7] = 16;\n    _tile_loadconfig(&tc);\n    done = true;\n")
+
+    llama_cpp.keep_tile_config(source)
+
+    lines = [line.strip() for line in source.read_text().splitlines()]
+    assert lines[2:] == ["_tile_loadconfig(&tc);", "done = true;"]
+    assert '"memory"' in lines[1]
+    source.write_text("tc.rows[7] = 16;\n")
+    with pytest.raises(Unavailable):
+        llama_cpp.keep_tile_config(source)
 
 
 def test_llama_cpp_has_no_other_model_than_the_default_one(tmp_path: Path) -> None:

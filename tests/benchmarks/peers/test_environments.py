@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from peers.environments import Environment, Unavailable, run_logged, why
+from peers.environments import Environment, Progress, Unavailable, run_logged, why
 
 
 def nothing(stage: str, done: int, total: int) -> None:
@@ -22,6 +22,21 @@ def test_one_that_was_made_from_this_list_is_taken_as_it_is(tmp_path: Path) -> N
     Environment(folder, lock).ensure(nothing)
 
     assert Environment(folder, lock).python == folder / "bin" / "python"
+
+
+def test_one_that_was_finished_in_another_way_is_made_anew(tmp_path: Path) -> None:
+    lock = tmp_path / "peer.txt"
+    lock.write_text("")
+    finished: list[Path] = []
+
+    def finish(environment: Environment, progress: Progress) -> None:
+        finished.append(environment.folder)
+
+    for recipe in ("with AMX", "with AMX", "without"):
+        folder = tmp_path / "peer"
+        Environment(folder, lock, finish, recipe).ensure(lambda stage, done, total: None)
+
+    assert finished == [folder, folder]
 
 
 @pytest.mark.parametrize(
