@@ -229,14 +229,17 @@ if HAS_TILES:
             assert error <= 0.04, rows
 
     def test_a_row_is_its_own(ops: NativeOps) -> None:
-        """Decode rows have the same bits whoever shares their step."""
+        """Decode rows have the same bits whoever shares their step, a small one or a large one."""
         weights = Weights(has_bias=False)
         together = Sequences(weights, torch.bfloat16, ops, is_dense=False)
         alone = Sequences(weights, torch.bfloat16, ops, is_dense=False)
-        for each in (together, alone):
+        crowded = Sequences(weights, torch.bfloat16, ops, is_dense=False)
+        for each in (together, alone, crowded):
             each.step(*STEPS[0])
         rows = STEPS[1]
-        assert torch.equal(together.step(*rows), torch.cat([alone.step(row) for row in rows]))
+        expected = torch.cat([alone.step(row) for row in rows])
+        assert torch.equal(together.step(*rows), expected)
+        assert torch.equal(crowded.step(*rows, (3, 3, 66))[: len(rows)], expected)
 
     def test_without_wanted_rows_the_cache_is_written(ops: NativeOps) -> None:
         weights = Weights(has_bias=False)

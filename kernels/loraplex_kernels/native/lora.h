@@ -12,17 +12,19 @@
 #include "amx.h"
 #include "lanes.h"
 #include "scratch.h"
+#include "stream.h"
 
 namespace {
 
 constexpr int64_t kRank = 16;       // GRANULE_RANK
 constexpr int64_t kRows = 4;        // rows that share one pass over a granule in plain vectors
-constexpr int64_t kLoraRows = 16;   // rows of a segment that share one pass in tiles
-constexpr int64_t kFewRows = 4;     // up to which vectors are quicker than tiles: one pass of theirs
+constexpr int64_t kLoraRows = 16;   // rows of the batch that share one pass in tiles
+constexpr int64_t kFewRows = 4;     // up to which vectors are quicker than tiles at B v
+constexpr int64_t kChunks = 4;      // that one task shrinks, at most
 constexpr int64_t kGroup = 4;       // granules whose sums are added up before they meet others
 constexpr int64_t kLineBytes = 64;  // of v: 16 floats, or 16 pairs of bf16 that add up to one (in tiles)
-static_assert(kRows == 4 && kFewRows == 4 && kGroup == 4, "each count up to 4 is named where it is chosen");
-static_assert(kFewRows <= kLoraRows && kRank * 4 == kLineBytes, "a line a row, of chunks");
+static_assert(kRows == 4 && kFewRows == 4, "each count up to 4 is named where it is chosen");
+static_assert(kLoraRows == kTile && kRank * 4 == kLineBytes, "a line a row, of tiles");
 
 struct Tables {
     const int64_t* offset;
@@ -67,20 +69,30 @@ struct LoraPlan {
     LoraStep step;
     int64_t num_rows;
     std::vector<Segment> segments;
-    std::vector<Segment> chunks;  // at most kLoraRows rows each, those of long segments first
-    int64_t num_long;             // chunks of segments longer than one
+    std::vector<Segment> chunks;  // parts of segments, each of rows within one of the batch's groups of kLoraRows
+    int64_t together;             // chunks that one task shrinks
 
     void build(const LoraStep& given, int64_t rows) {
         step = given, num_rows = rows;
         segments.clear(), chunks.clear();
-        for (int64_t s = 0; s < step.num_segments; ++s)
-            segments.push_back({step.segments[3 * s], step.segments[3 * s + 1], step.segments[3 * s + 2]});
-        for (const bool is_long : {true, false}) {
-            for (const Segment& s : segments)
-                for (int64_t lo = s.lo; lo < s.hi && (s.hi - s.lo > kLoraRows) == is_long; lo += kLoraRows)
-                    chunks.push_back({s.slot, lo, std::min(lo + kLoraRows, s.hi)});
-            if (is_long) num_long = static_cast<int64_t>(chunks.size());
+        for (int64_t s = 0; s < step.num_segments; ++s) {
+            const Segment all{step.segments[3 * s], step.segments[3 * s + 1], step.segments[3 * s + 2]};
+            segments.push_back(all);
+            for (int64_t lo = all.lo, hi; lo < all.hi; lo = hi) {
+                hi = std::min(all.hi, round_up(lo + 1, kLoraRows));
+                chunks.push_back({all.slot, lo, hi});
+            }
         }
+        const int64_t count = static_cast<int64_t>(chunks.size());
+        together = std::max<int64_t>(1, std::min(kChunks, count / num_threads));
+    }
+    int64_t num_blocks() const { return (static_cast<int64_t>(chunks.size()) + together - 1) / together; }
+    // Of the tasks of a linear's first phase: block after block of chunks for each projection.
+    template <typename Visit>
+    void each_chunk(int64_t task, Visit&& visit) const {
+        const int64_t first = task % num_blocks() * together;
+        const int64_t last = std::min(first + together, static_cast<int64_t>(chunks.size()));
+        for (int64_t i = first; i < last; ++i) visit(chunks[i], task / num_blocks());
     }
     Granules granules(int64_t slot, int64_t layer, int64_t module) const {
         const Tables& t = step.tables;
@@ -94,7 +106,7 @@ struct LoraPlan {
     int64_t v_bytes(int64_t num_projections) const { return v_bytes(num_rows, num_projections, step.tables.granules); }
     int64_t row_bytes(int64_t num_projections) const { return num_projections * step.tables.granules * kLineBytes; }
     // At most, of its own lists.
-    static int64_t own_bytes(int64_t rows) { return 2 * kGrowth * rows * static_cast<int64_t>(sizeof(Segment)); }
+    static int64_t own_bytes(int64_t rows) { return 3 * kGrowth * rows * static_cast<int64_t>(sizeof(Segment)); }
     char* line(void* v, int64_t row, int64_t projection, int64_t num_projections) const {
         return static_cast<char*>(v) + row * row_bytes(num_projections) +
                projection * step.tables.granules * kLineBytes;
@@ -213,64 +225,42 @@ inline bool in_tiles() {
     return std::is_same_v<T, bf16> && amx_is_permitted();
 }
 
+#if LORAPLEX_AMX
+inline void shrink_chunk(Shrinker& shrinker, const Granules& granules, const Segment& chunk, const bf16* packed,
+                         int64_t k, char* lines) {
+    const int64_t first = chunk.lo % kLoraRows;
+    const bf16* const rows = packed + (chunk.lo - first) * round_up(k, 32);
+    for (int64_t g = 0; g < granules.count; ++g)
+        shrinker.add({granules.a<bf16>(g), rows, granules.scales[g], first, chunk.hi - chunk.lo,
+                      lines + g * kLineBytes});
+}
+#endif
+
 // The first phase of a linear's updates. Every thread of a team calls it, with a counter that starts at 0
-// and v of `plan.v_bytes(num_p)`, 64 bytes aligned; with tiles configured where they are permitted.
+// and v of `plan.v_bytes(num_p)`, 64 bytes aligned. With tiles, `packed` holds x as `pack_rows` leaves it,
+// group after group.
 template <typename T>
-void lora_shrink(const LoraPlan& plan, int64_t layer, const Projection* p, int64_t num_p, const T* x, int64_t k_size,
-                 void* v, std::atomic<int64_t>& next) {
-    const int64_t num_short = static_cast<int64_t>(plan.chunks.size()) - plan.num_long;
-    const int64_t stride = plan.row_bytes(num_p), count = plan.num_long + num_short * num_p;
-    // A long segment's chunk is packed once for all projections; a short one's cost is its weights.
-    const auto chunk_of = [&](int64_t task) {
-        return task < plan.num_long ? task : plan.num_long + (task - plan.num_long) / num_p;
-    };
-    const auto granules_of = [&](int64_t task, int64_t i) {
-        return plan.granules(plan.chunks[chunk_of(task)].slot, layer, p[i].module);
-    };
+void lora_shrink(const LoraPlan& plan, int64_t layer, const Projection* p, int64_t num_p, const T* x,
+                 [[maybe_unused]] const bf16* packed, int64_t k, void* v, std::atomic<int64_t>& next) {
+    const int64_t stride = plan.row_bytes(num_p), count = plan.num_blocks() * num_p;
+    for (int64_t task = next++; task < count; task = next++) {
 #if LORAPLEX_AMX
-    static thread_local FewInputs inputs;
-    int64_t spread = -1;
-#endif
-    for (int64_t task = next++; task < count;) {
-        const bool is_long = task < plan.num_long;
-        const int64_t index = chunk_of(task);
-        const Segment& chunk = plan.chunks[index];
-        const int64_t first = is_long ? 0 : (task - plan.num_long) % num_p, last = is_long ? num_p : first + 1;
-        const T* rows = x + chunk.lo * k_size;
-        const int64_t num_rows = chunk.hi - chunk.lo;
-        int64_t following = -1;
-        const auto run = [&](auto&& shrink_one) {
-            for (int64_t i = first; i < last; ++i)
-                shrink_one(granules_of(task, i), plan.line(v, chunk.lo, i, num_p));
-        };
-#if LORAPLEX_AMX
-        if constexpr (std::is_same_v<T, bf16>) {
-            if (in_tiles<T>() && num_rows <= kFewRows) {
-                following = next++;  // known early, its weights can be asked for during this one
-                const bf16* ahead = nullptr;
-                if (following < count && following >= plan.num_long) {
-                    const Granules granules = granules_of(following, (following - plan.num_long) % num_p);
-                    if (granules.count) ahead = granules.a<bf16>(0);
-                }
-                if (spread != index) inputs.spread(rows, num_rows, k_size);
-                spread = index;
-                for (int64_t i = first; i < last; ++i)
-                    shrink_few(inputs, granules_of(task, i), num_rows, k_size, ahead, p[i].width,
-                               plan.line(v, chunk.lo, i, num_p), stride);
-            } else if (in_tiles<T>()) {
-                Shrinker shrinker(rows, num_rows, k_size, is_long ? 0 : p[first].width);
-                run([&](const Granules& granules, char* lines) { shrinker.run(granules, lines, stride); });
-            } else {
-                run([&](const Granules& granules, char* lines) {
-                    shrink_rows(granules, rows, k_size, num_rows, lines, stride);
+        if constexpr (std::is_same_v<T, bf16>)
+            if (in_tiles<T>()) {
+                Stream nothing;
+                Shrinker shrinker(k, stride, nothing);
+                plan.each_chunk(task, [&](const Segment& chunk, int64_t i) {
+                    shrink_chunk(shrinker, plan.granules(chunk.slot, layer, p[i].module), chunk, packed, k,
+                                 plan.line(v, chunk.lo, i, num_p));
                 });
+                shrinker.flush();
+                continue;
             }
-        } else
 #endif
-            run([&](const Granules& granules, char* lines) {
-                shrink_rows(granules, rows, k_size, num_rows, lines, stride);
-            });
-        task = following >= 0 ? following : next++;
+        plan.each_chunk(task, [&](const Segment& chunk, int64_t i) {
+            shrink_rows(plan.granules(chunk.slot, layer, p[i].module), x + chunk.lo * k, k, chunk.hi - chunk.lo,
+                        plan.line(v, chunk.lo, i, num_p), stride);
+        });
     }
 }
 
@@ -288,28 +278,37 @@ void each_overlap(const LoraPlan& plan, const Projection* p, int64_t num_p, int6
     }
 }
 
-template <typename T>
-void expand_any(const Granules& granules, const char* v, int64_t v_stride, int64_t rows, const Target& to) {
+// `visit(expand)`: what `expand(granules, v, v_stride, rows, target)` was asked for is done when this returns.
+template <typename T, typename Visit>
+void expanding(Visit&& visit) {
 #if LORAPLEX_AMX
     if constexpr (std::is_same_v<T, bf16>)
         if (in_tiles<T>()) {
-            return rows <= kFewRows ? expand_few(granules, v, v_stride, rows, to)
-                                    : expand_in_tiles(granules, v, v_stride, rows, to);
+            Stream nothing;
+            Expander expander(nothing);
+            return visit([&](const Granules& granules, const char* v, int64_t stride, int64_t rows, const Target& to) {
+                if (rows <= kFewRows)
+                    expand_few(granules, v, stride, rows, to, nothing);
+                else
+                    expander.expand(granules, v, stride, rows, to);
+            });
         }
 #endif
-    expand_rows<T>(granules, v, v_stride, rows, to);
+    visit([](auto&&... update) { expand_rows<T>(update...); });
 }
 
 // The second: panel[row - row_lo][n - n_lo] += update, fp32; n counts the stacked linear's outputs.
 template <typename T>
 void lora_expand(const LoraPlan& plan, int64_t layer, const Projection* p, int64_t num_p, const void* v, float* panel,
                  int64_t stride, int64_t row_lo, int64_t row_hi, int64_t n_lo, int64_t n_hi) {
-    each_overlap(plan, p, num_p, row_lo, row_hi, n_lo, n_hi,
-                 [&](const Segment& s, int64_t i, int64_t first, int64_t last, int64_t lo, int64_t hi) {
-                     float* at = panel + (first - row_lo) * stride + p[i].column + lo - n_lo;
-                     expand_any<T>(plan.granules(s.slot, layer, p[i].module), plan.line(v, first, i, num_p),
-                                   plan.row_bytes(num_p), last - first, {at, stride, lo, hi, p[i].width});
-                 });
+    expanding<T>([&](auto&& expand) {
+        each_overlap(plan, p, num_p, row_lo, row_hi, n_lo, n_hi,
+                     [&](const Segment& s, int64_t i, int64_t first, int64_t last, int64_t lo, int64_t hi) {
+                         float* at = panel + (first - row_lo) * stride + p[i].column + lo - n_lo;
+                         expand(plan.granules(s.slot, layer, p[i].module), plan.line(v, first, i, num_p),
+                                plan.row_bytes(num_p), last - first, Target{at, stride, lo, hi, p[i].width});
+                     });
+    });
 }
 
 // Asks for the lines of B that a panel reads: while its base product is computed, they arrive.
@@ -357,12 +356,16 @@ void lora_panel(const LoraPlan& plan, int64_t layer, const Projection* p, int64_
     const int64_t count = rows.hi - rows.lo;
     y += rows.lo * y_stride + p[i].column + lo;
     if constexpr (std::is_same_v<T, float>) {
-        expand_any<T>(granules, lines, plan.row_bytes(num_p), count, {y, y_stride, lo, hi, p[i].width});
+        expanding<T>([&](auto&& expand) {
+            expand(granules, lines, plan.row_bytes(num_p), count, Target{y, y_stride, lo, hi, p[i].width});
+        });
     } else {
         alignas(64) float panel[kPanelRows * kPanelColumns];
         for (int64_t j = 0; j < count; ++j)
             for (int64_t n = 0; n < hi - lo; ++n) panel[j * kPanelColumns + n] = load(y + j * y_stride, n);
-        expand_any<T>(granules, lines, plan.row_bytes(num_p), count, {panel, kPanelColumns, lo, hi, p[i].width});
+        expanding<T>([&](auto&& expand) {
+            expand(granules, lines, plan.row_bytes(num_p), count, Target{panel, kPanelColumns, lo, hi, p[i].width});
+        });
         for (int64_t j = 0; j < count; ++j)
             for (int64_t n = 0; n < hi - lo; ++n) store(y + j * y_stride, n, panel[j * kPanelColumns + n]);
     }
@@ -373,7 +376,7 @@ template <typename T>
 void lora(T* y, int64_t y_stride, const T* x, int64_t k_size, const LoraStep& step, int64_t layer,
           const Projection* p, int64_t num_p) {
     static thread_local LoraPlan plan;
-    static thread_local std::vector<char> memory;
+    static thread_local std::vector<char> memory, rows_memory;
     struct Task {
         int64_t projection, lo, hi;
     };
@@ -394,6 +397,10 @@ void lora(T* y, int64_t y_stride, const T* x, int64_t k_size, const LoraStep& st
     }
     memory.resize(std::max<size_t>(memory.size(), plan.v_bytes(num_p) + 64));
     void* const v = aligned(memory.data());
+    const int64_t group_size = kLoraRows * round_up(k_size, 32), num_groups = (num_rows + kLoraRows - 1) / kLoraRows;
+    if (in_tiles<T>())
+        rows_memory.resize(std::max<size_t>(rows_memory.size(), num_groups * group_size * sizeof(bf16) + 64));
+    bf16* const packed = aligned(reinterpret_cast<bf16*>(rows_memory.data()));
     const LoraPlan& planned = plan;  // the caller's, for all threads
     const std::vector<Task>& tasks = panels;
     const int64_t num_tasks = static_cast<int64_t>(tasks.size());
@@ -401,12 +408,20 @@ void lora(T* y, int64_t y_stride, const T* x, int64_t k_size, const LoraStep& st
 #pragma omp parallel num_threads(num_threads) if (elements > kWorthWaking)
     {
         const TileScope tiles;
-        lora_shrink(planned, layer, p, num_p, x, k_size, v, next);
+#if LORAPLEX_AMX
+        if constexpr (std::is_same_v<T, bf16>)
+            if (in_tiles<T>()) {
+#pragma omp for schedule(static)
+                for (int64_t group = 0; group < num_groups; ++group)
+                    pack_rows(x + group * kLoraRows * k_size, std::min(kLoraRows, num_rows - group * kLoraRows), k_size,
+                              k_size, packed + group * group_size);
+            }
+#endif
+        lora_shrink(planned, layer, p, num_p, x, packed, k_size, v, next);
 #pragma omp barrier
 #pragma omp for schedule(dynamic, 1)
         for (int64_t t = 0; t < num_tasks; ++t) {
             const auto [i, lo, hi] = tasks[t];
-            lora_prefetch<T>(planned, layer, p + i, 1, p[i].column + lo, p[i].column + hi);
             for (const Segment& s : planned.segments) {
                 if (planned.granules(s.slot, layer, p[i].module).count == 0) continue;
                 for (int64_t row = s.lo; row < s.hi; row += kPanelRows)

@@ -13,6 +13,7 @@
 #include "elementwise.h"
 #include "linear.h"
 #include "lora.h"
+#include "lora_update.h"
 #include "scratch.h"
 #include "team.h"
 
@@ -104,6 +105,10 @@ class Stack {
     static constexpr int64_t kMaxPhases = 14;  // of a layer
 
     int64_t widest() const { return std::max({model_.hidden, model_.intermediate, model_.heads * model_.head_dim}); }
+    int64_t update_size() const {  // of a row
+        const int64_t qkv = (model_.heads + 2 * model_.kv_heads) * model_.head_dim;
+        return std::max({qkv, model_.hidden, 2 * model_.intermediate});
+    }
     int64_t num_phases() const { return kMaxPhases * model_.num_layers + 2; }
 
     Cache cache_of(const Step& step) const {
@@ -114,10 +119,13 @@ class Stack {
 
     const Model model_;
     std::unique_ptr<PhaseState[]> phases_;
-    Buffer<bf16> packed_memory_, panel_memory_;
+    Buffer<bf16> packed_memory_, natural_memory_, panel_memory_;
     Buffer<char> scratch_memory_, v_memory_;
-    bf16* packed_ = nullptr;  // the rows that the next linear reads
-    void* v_ = nullptr;       // what they were shrunk to
+    Buffer<float> update_memory_;
+    bf16* packed_ = nullptr;   // the rows that the next linear reads
+    bf16* natural_ = nullptr;  // the same as `pack_rows` leaves them, for what shrinks them
+    void* v_ = nullptr;        // what they were shrunk to
+    float* update_ = nullptr;  // what that was expanded to, in a small step
     AttentionPlan attention_;
     LoraPlan lora_;
 };
@@ -192,6 +200,10 @@ class Stack::Worker {
                 rms_norm(residual + (chosen ? chosen[row] : row) * size, weight, out + row * size, size,
                          static_cast<float>(model_.eps));
             pack_group(out, rows, size, group, stack_.packed_, order);
+            if (step_.num_segments && !chosen) {
+                const int64_t lo = group * kTile;
+                pack_rows(out + lo * size, std::min(kTile, rows - lo), size, size, stack_.natural_ + lo * size);
+            }
         });
     }
 
@@ -200,9 +212,11 @@ class Stack::Worker {
         const int64_t shares = ceil_div(k / kBlock, kShare);
         tasks(kPack, ceil_div(rows, kTile) * shares, [&](int64_t task) {
             const int64_t lo = task / shares * kTile, first = task % shares * kShare * kBlock;
-            for (int64_t at = first; at < std::min(k, first + kShare * kBlock); at += kBlock)
-                pack_block(x + lo * k + at, k, std::min(kTile, rows - lo), stack_.packed_ + lo * k + at * kTile,
-                           Order::kCodes);
+            const int64_t count = std::min(kTile, rows - lo), last = std::min(k, first + kShare * kBlock);
+            for (int64_t at = first; at < last; at += kBlock)
+                pack_block(x + lo * k + at, k, count, stack_.packed_ + lo * k + at * kTile, Order::kCodes);
+            if (step_.num_segments)
+                pack_rows(x + lo * k + first, count, k, last - first, stack_.natural_ + lo * k + first * kTile);
         });
     }
 
@@ -212,20 +226,32 @@ class Stack::Worker {
         const Projection* const p = l.projections;
         const int64_t count = l.num_projections;
         const LoraPlan& lora = stack_.lora_;
-        if (step_.num_segments)
+        float* const update = stack_.update_;
+        const int64_t outputs = l.weight.outputs;
+        if (step_.num_segments) {
             share(kShrink, [&](Next& next) {
-                lora_shrink<bf16>(lora, layer, p, count, x, l.weight.k, stack_.v_, next);
+                if (update)
+                    lora_update(lora, layer, p, count, stack_.natural_, l.weight.k, stack_.v_, update, outputs, next);
+                else
+                    lora_shrink<bf16>(lora, layer, p, count, x, stack_.natural_, l.weight.k, stack_.v_, next);
             });
+        }
         const auto begin = [&](const Panel& panel) {
-            if (step_.num_segments)
-                for (const Run& run : panel.runs())
-                    if (run.lo < run.hi) lora_prefetch<bf16>(lora, layer, p, count, run.lo, run.hi);
+            for (const Run& run : panel.runs()) {
+                if (!step_.num_segments || run.lo == run.hi) continue;
+                if (update)
+                    prefetch_update(rows_, update, outputs, run.lo, run.hi);
+                else
+                    lora_prefetch<bf16>(lora, layer, p, count, run.lo, run.hi);
+            }
         };
         const auto end = [&](const Result& result) {
             for (const Run& run : result.panel.runs()) {
                 if (run.lo == run.hi) continue;
                 float* const y = result.y + run.place;
-                if (step_.num_segments)
+                if (step_.num_segments && update)
+                    add_update(lora, p, count, update, outputs, y, kPanel, result.lo, result.hi, run.lo, run.hi);
+                else if (step_.num_segments)
                     lora_expand<bf16>(lora, layer, p, count, stack_.v_, y, kPanel, result.lo, result.hi, run.lo,
                                       run.hi);
                 if (step_.output_scale)
@@ -236,7 +262,7 @@ class Stack::Worker {
             finish(result);
         };
         share(phase, [&](Next& next) {
-            multiply({l.weight, stack_.packed_, rows_}, {l.weight.outputs, in_pairs}, panel_, next, begin, end);
+            multiply({l.weight, stack_.packed_, rows_}, {outputs, in_pairs}, panel_, next, begin, end);
         });
     }
 
@@ -281,14 +307,15 @@ class Stack::Worker {
 inline int64_t Stack::num_bytes(const StepLimits& most) const {
     const Model& m = model_;
     const int64_t columns = AttentionPlan::columns_of_item(m.heads / m.kv_heads), element = sizeof(bf16);
-    const int64_t of_thread = panel_size(widest()) * element + AttentionPlan::scratch_size(m.head_dim, columns) +
-                              FewInputs::own_bytes(widest()) + Shrinker::own_bytes(widest());
+    const int64_t of_thread = panel_size(widest()) * element + AttentionPlan::scratch_size(m.head_dim, columns);
     const int64_t shared = packed_size(std::max(most.rows, most.logits), widest()) * element +
+                           packed_size(most.rows, widest()) * element +
+                           std::min(most.rows, kSmallStep) * update_size() * static_cast<int64_t>(sizeof(float)) +
                            LoraPlan::v_bytes(most.rows, kMaxProjections, most.granules) +
                            LoraPlan::own_bytes(most.rows) + num_phases() * static_cast<int64_t>(sizeof(PhaseState)) +
                            AttentionPlan::own_bytes(m.heads, m.kv_heads, m.head_dim, most.rows, most.sequences,
                                                     most.context);
-    return num_threads * of_thread + shared + 4 * 64;  // and what aligns the buffers
+    return num_threads * of_thread + shared + 6 * 64;  // and what aligns the buffers
 }
 
 inline void Stack::run(const Step& step) {
@@ -305,6 +332,8 @@ inline void Stack::run(const Step& step) {
                      {step.offset, step.scale, step.num_granules, step.table_layers, step.modules, step.granules},
                      step.segments, step.num_segments},
                     step.rows);
+        natural_ = natural_memory_.at_least(packed_size(step.rows, widest));
+        update_ = is_small(step.rows, step.granules) ? update_memory_.at_least(step.rows * update_size()) : nullptr;
         v_ = v_memory_.at_least(lora_.v_bytes(kMaxProjections));
     }
     if (!phases_) phases_.reset(new PhaseState[num_phases()]);

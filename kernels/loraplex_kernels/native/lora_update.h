@@ -1,0 +1,113 @@
+// The low-rank updates of a small step, ahead of the products they belong to.
+//
+// What an update costs is its adapter's bytes. Adapter after adapter they stream in as they lie in memory;
+// fetched in pieces beside the base's panels they keep the processor's few outstanding misses busy, and the
+// base waits, too.
+
+#pragma once
+
+#include "lora.h"
+
+#if LORAPLEX_AMX
+
+namespace {
+
+constexpr int64_t kSmallStep = 64;  // rows, at most
+
+// Whether both ways add up in one order: this one adds up all granules before they meet the base.
+inline bool is_small(int64_t rows, int64_t granules) { return rows <= kSmallStep && granules <= kGroup; }
+
+// Both phases of a small step in one, adapter after adapter, so that the weights stream in as they lie in
+// memory: update[row][n] of every row with an adapter, fp32 rows of `stride`, is ready when all threads are
+// through. Everything else as for `lora_shrink`.
+inline void lora_update(const LoraPlan& plan, int64_t layer, const Projection* p, int64_t num_p, const bf16* packed,
+                        int64_t k, void* v, float* update, int64_t stride, std::atomic<int64_t>& next) {
+    const int64_t v_stride = plan.row_bytes(num_p), count = plan.num_blocks() * num_p;
+    const auto granules_of = [&](const Segment& chunk, int64_t i) {
+        return plan.granules(chunk.slot, layer, p[i].module);
+    };
+    Stream stream;
+    const auto push_a = [&](int64_t task) {
+        if (task < count)
+            plan.each_chunk(task, [&](const Segment& chunk, int64_t i) {
+                const Granules granules = granules_of(chunk, i);
+                for (int64_t g = 0; g < granules.count; ++g) stream.push(granules.a<bf16>(g), kRank * k);
+            });
+    };
+    const auto push_b = [&](const Segment& chunk, int64_t i) {
+        const Granules granules = granules_of(chunk, i);
+        for (int64_t g = 0; g < granules.count; ++g) stream.push(granules.b<bf16>(g), kRank * p[i].width);
+        for (int64_t row = chunk.lo; row < chunk.hi; ++row)
+            stream.push(update + row * stride + p[i].column, p[i].width);
+    };
+    int64_t task = next++;
+    push_a(task);
+    stream.rest();
+    while (task < count) {
+        const int64_t following = next++;
+        Segment chunks[kChunks];
+        int64_t num_chunks = 0, i = 0;
+        plan.each_chunk(task, [&](const Segment& chunk, int64_t projection) {
+            chunks[num_chunks++] = chunk, i = projection;
+        });
+        push_b(chunks[0], i);
+        stream.over(k / 32);
+        {
+            Shrinker shrinker(k, v_stride, stream);
+            for (int64_t c = 0; c < num_chunks; ++c)
+                shrink_chunk(shrinker, granules_of(chunks[c], i), chunks[c], packed, k,
+                             plan.line(v, chunks[c].lo, i, num_p));
+            shrinker.flush();
+        }
+        stream.rest();
+        for (int64_t c = 0; c < num_chunks; ++c) {
+            const Segment& chunk = chunks[c];
+            const int64_t rows = chunk.hi - chunk.lo, width = p[i].width;
+            const Granules granules = granules_of(chunk, i);
+            if (c + 1 < num_chunks)
+                push_b(chunks[c + 1], i);
+            else
+                push_a(following);
+            stream.over(width / kTile);
+            float* const to = update + chunk.lo * stride + p[i].column;
+            for (int64_t j = 0; j < rows; ++j) std::memset(to + j * stride, 0, width * sizeof(float));
+            const Target target{to, stride, 0, width, width};
+            const char* const lines = plan.line(v, chunk.lo, i, num_p);
+            if (rows <= kFewRows)
+                expand_few(granules, lines, v_stride, rows, target, stream);
+            else
+                Expander(stream).expand(granules, lines, v_stride, rows, target);
+            stream.rest();
+        }
+        task = following;
+    }
+}
+
+// Asks for what a panel will add: most of it is in another core's cache.
+inline void prefetch_update(int64_t rows, const float* update, int64_t stride, int64_t n_lo, int64_t n_hi) {
+    for (int64_t row = 0; row < rows; ++row)
+        for (int64_t n = n_lo; n < n_hi; n += kTile) __builtin_prefetch(update + row * stride + n);
+}
+
+// panel[row - row_lo][n - n_lo] += update[row][n].
+inline void add_update(const LoraPlan& plan, const Projection* p, int64_t num_p, const float* update,
+                       int64_t update_stride, float* panel, int64_t stride, int64_t row_lo, int64_t row_hi,
+                       int64_t n_lo, int64_t n_hi) {
+    each_overlap(plan, p, num_p, row_lo, row_hi, n_lo, n_hi,
+                 [&](const Segment&, int64_t i, int64_t first, int64_t last, int64_t lo, int64_t hi) {
+                     for (int64_t row = first; row < last; ++row) {
+                         const float* const from = update + row * update_stride + p[i].column + lo;
+                         float* const to = panel + (row - row_lo) * stride + p[i].column + lo - n_lo;
+                         for (int64_t n = 0; n < hi - lo; n += kTile) {
+                             const __mmask16 mask = hi - lo - n >= kTile ? 0xffff : (1u << (hi - lo - n)) - 1;
+                             const __m512 sum = _mm512_add_ps(_mm512_maskz_loadu_ps(mask, to + n),
+                                                              _mm512_maskz_loadu_ps(mask, from + n));
+                             _mm512_mask_storeu_ps(to + n, mask, sum);
+                         }
+                     }
+                 });
+}
+
+}  // namespace
+
+#endif

@@ -1,0 +1,54 @@
+// Memory that is asked for in the order of its addresses, some lines at a time, while something else is
+// computed.
+
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "lanes.h"
+
+namespace {
+
+class Stream {
+  public:
+    // What there is no place for is not asked for.
+    void push(const bf16* from, int64_t count) { push(from, count * sizeof(bf16), false); }
+    // What will be written.
+    void push(float* from, int64_t count) { push(from, count * sizeof(float), true); }
+    // All in so many shares.
+    void over(int64_t shares) { share_ = bytes_ / 64 / std::max<int64_t>(1, shares) + 1; }
+    void share() { ask(share_); }
+    void rest() {
+        ask(bytes_ / 64 + 1);
+        first_ = last_ = bytes_ = share_ = 0;
+    }
+
+  private:
+    static constexpr int kMost = 64, kIntoL2 = 2;  // `__builtin_prefetch` calls it locality
+    struct Range {
+        const char *at, *end;
+        bool is_written;
+    };
+
+    void push(const void* from, int64_t bytes, bool is_written) {
+        if (last_ == kMost) return;
+        const char* const at = static_cast<const char*>(from);
+        ranges_[last_++] = {at, at + bytes, is_written};
+        bytes_ += bytes;
+    }
+
+    void ask(int64_t lines) {
+        while (lines > 0 && first_ < last_) {
+            Range& range = ranges_[first_];
+            for (; lines > 0 && range.at < range.end; --lines, range.at += 64)
+                range.is_written ? __builtin_prefetch(range.at, 1) : __builtin_prefetch(range.at, 0, kIntoL2);
+            if (range.at >= range.end) ++first_;
+        }
+    }
+
+    Range ranges_[kMost];
+    int64_t first_ = 0, last_ = 0, bytes_ = 0, share_ = 0;
+};
+
+}  // namespace
