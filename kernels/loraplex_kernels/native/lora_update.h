@@ -12,10 +12,13 @@
 
 namespace {
 
-constexpr int64_t kSmallStep = 64;  // rows, at most
+constexpr int64_t kSmallStep = 64;   // rows, at most
+constexpr int64_t kManyOfOne = 8;    // rows an adapter, on average: then its bytes are few beside the work
 
-// Whether both ways add up in one order: this one adds up all granules before they meet the base.
-inline bool is_small(int64_t rows, int64_t granules) { return rows <= kSmallStep && granules <= kGroup; }
+// Only with so many granules do both ways add up in one order: this one adds them up before they meet the base.
+inline bool is_small(int64_t rows, int64_t adapters, int64_t granules) {
+    return rows <= kSmallStep && rows < kManyOfOne * adapters && granules <= kGroup;
+}
 
 // Both phases of a small step in one, adapter after adapter, so that the weights stream in as they lie in
 // memory: update[row][n] of every row with an adapter, fp32 rows of `stride`, is ready when all threads are
