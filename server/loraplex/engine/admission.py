@@ -17,7 +17,7 @@ NO_ROOM = Room(0, 0)
 GROUPED = 512.0
 """Of service: clients that differ by less may be taken in the order that reads fewer adapters."""
 
-HEADROOM = 8
+HEADROOM = 4
 """One place in so many is left to clients that hold less than their fair share."""
 
 HEADROOM_STEPS = 64

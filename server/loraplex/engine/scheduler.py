@@ -42,10 +42,14 @@ from loraplex.errors import RequestError
 __all__ = ["Scheduler", "SchedulerConfig"]
 
 MAX_WEIGHT = 4.0
-"""So many times the usual part of a step prompts may have that go before the streams."""
+"""So many times the usual part of a step prompts may have that go before the streams, or that are
+soon over, of many clients."""
 
 MAX_BURST = 16.0
 """And so many times where every client with streams has more that wait for a first token."""
+
+SHORT = 128
+"""Tokens left of a prompt that is soon over."""
 
 SETTLED = 8
 """Tokens of a stream: the gaps before may be long, so that those who come together begin so."""
@@ -227,29 +231,36 @@ class Scheduler:
     def _slow_down(self, pace: Pace, plan: Plan) -> None:
         """Bound the prompt tokens beside the streams.
 
-        More of them where prompts have the higher priority. More also for the clients of streams,
-        where each has more that wait for their first token than streams: nobody else pays for that.
-        As many as there are where no stream is older than a few tokens.
+        More of them where prompts have the higher priority. More for prompts that are soon over, as
+        often as there are clients who have one. More also for the clients of streams, by how many
+        more they have that wait for their first token: nobody else pays for that. As many as there
+        are where no stream is older than a few tokens.
         """
         streams = [row.sequence for row in plan.rows]
         if all(len(stream.output_token_ids) <= SETTLED for stream in streams):
             return
         load = load_of(plan.rows)
         position = max((s.num_computed for s in plan.prefilling), default=0)
+
+        def budget(weight: float) -> int:
+            return min(plan.budget, pace.budget(load, position, weight))
+
         top = max(sequence.priority for sequence in streams)
-        weight = 1.0
         if any(sequence.priority > top for sequence in plan.prefilling):
-            weight = MAX_WEIGHT
-        allowed = min(plan.budget, pace.budget(load, position, weight))
+            plan.budget = budget(MAX_WEIGHT)
+            return
+        allowed = budget(1.0)
+        short = {s: left for s, left in plan.prefilling.items() if left <= SHORT}
+        weight = min(MAX_WEIGHT, len({sequence.client for sequence in short}))
+        if weight > 1:
+            allowed = min(budget(weight), allowed + sum(short.values()))
         num_streams = Counter(sequence.client for sequence in streams)
-        burst = self._burst(num_streams, plan) if weight == 1.0 else 1.0
-        if burst > 1.0:
-            most = min(plan.budget, pace.budget(load, position, burst))
-            plan.extra, plan.paying = max(0, most - allowed), num_streams.keys()
+        most = budget(self._burst(num_streams, plan))
+        plan.extra, plan.paying = max(0, most - allowed), num_streams.keys()
         plan.budget = allowed + plan.extra
 
     def _burst(self, num_streams: Mapping[Client, int], plan: Plan) -> float:
-        """A weight: at least 1, and 1 where one of the clients has no more to come than streams."""
+        """A weight: at least 1, and 1 where one of the clients has no more to come."""
         prefilling = Counter(sequence.client for sequence in plan.prefilling)
         num_free = self.config.max_running - len(self.running)
         free = num_free / max(1, len(self.waiting.clients))
@@ -257,7 +268,7 @@ class Scheduler:
             (prefilling[client] + min(self.waiting.count(client), free)) / count
             for client, count in num_streams.items()
         )
-        return min(MAX_BURST, max(1.0, ratio) ** 2)
+        return min(MAX_BURST, (1 + ratio) ** 2)
 
     def _continue(self, sequence: Sequence, num_tokens: int, plan: Plan) -> None:
         num_tokens = min(num_tokens, plan.budget)
