@@ -75,7 +75,8 @@ class Pace:
     def budget(self, streams: StepLoad, position: int, weight: float = 1.0) -> int:
         """Prompt tokens for a step with such streams; 0 where it is time to see them alone.
 
-        The prompt goes on from `position`. `weight` times the share may be spent.
+        The prompt goes on from `position`. `weight` times the share may be spent, less what such
+        steps are usually out by.
         """
         knows_streams = self._streams.num_seen >= MIN_STEPS
         if self._num_blind >= (MAX_BLIND if knows_streams else MAX_BLIND_AT_FIRST):
@@ -85,7 +86,9 @@ class Pace:
         here, token, context, read = self._prompts.state
         read = max(0.0, read) / CONTEXT_UNIT
         token = max(0.0, token) + read * position
-        allowed = self._share * weight * self._streams_seconds(streams)
+        longer = self._share * weight
+        longer -= self._prompts.error * (1 + longer)
+        allowed = longer * self._streams_seconds(streams)
         allowed -= here + context * position / CONTEXT_UNIT
         if allowed <= 0:
             return MIN_BUDGET
@@ -111,7 +114,7 @@ class _Filter:
         self._first = first
         self._variances: list[float] = []  # at first, and at most
         self._spread = [[0.0] * len(first) for _ in first]  # the covariance
-        self._error = NOISE  # the usual one, relative
+        self.error = NOISE  # the usual one, relative
 
     def estimate(self, features: Seq[float]) -> float:
         return _dot(self.state, features)
@@ -128,10 +131,10 @@ class _Filter:
         scale = step if self.num_seen <= MIN_STEPS else max(step - max(0.0, missed), step / 100)
         error = missed / scale
         if self.num_seen > MIN_STEPS:
-            limit = OUTLIER * self._error
+            limit = OUTLIER * self.error
             error = max(-limit, min(limit, error))
-        self._error += 0.05 * (abs(error) - self._error)
-        self._error = max(self._error, NOISE)
+        self.error += 0.05 * (abs(error) - self.error)
+        self.error = max(self.error, NOISE)
         self._correct([feature / scale for feature in features], error)
 
     def _correct(self, features: Seq[float], error: float) -> None:
@@ -140,7 +143,7 @@ class _Filter:
             row = spread[index]
             row[index] = min(row[index] + WALK * WALK * variance, max(variance, row[index]))
         gains = [_dot(row, features) for row in spread]
-        total = _dot(gains, features) + self._error * self._error
+        total = _dot(gains, features) + self.error * self.error
         for i, gain in enumerate(gains):
             self.state[i] += gain * error / total
             spread[i] = [

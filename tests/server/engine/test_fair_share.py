@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from loraplex.engine.fair_share import CREDIT, MAX_IDLE, FairShare
-from loraplex.engine.prefill import QUANTUM, split
+from loraplex.engine.prefill import QUANTUM, SHORT, split
 from loraplex.engine.sequence import Client
 
 A: Client = ("", ("a",))
@@ -78,25 +78,25 @@ def test_those_who_went_are_remembered_but_not_all_of_them() -> None:
     ("budget", "needs", "expected"),
     [
         (512, [4096, 64], [448, 64]),  # a short one is not held up
-        (128, [4096, 64, 4096], [48, 32, 48]),
-        (48, [4096, 64], [32, 16]),  # what is over goes to the first
-        (32, [64, 64, 64], [16, 16, 0]),
+        (128, [4096, 64, 4096], [32, 64, 32]),
+        (48, [4096, 64], [16, 32]),
+        (32, [64, 64, 64], [32, 0, 0]),  # not in pieces
         (40, [10, 5, 64], [10, 5, 25]),
         (7, [64, 64], [7, 0]),
         (0, [64], [0]),
         (100, [], []),
     ],
 )
-def test_tokens_are_split_evenly_in_whole_quanta(
+def test_tokens_are_split_evenly_but_for_what_is_short(
     budget: int, needs: list[int], expected: list[int]
 ) -> None:
     assert split(budget, needs) == expected
 
 
-def test_those_served_less_come_before_the_others_but_for_a_quantum() -> None:
+def test_those_served_less_come_before_the_others_but_for_a_little() -> None:
     assert split(128, [64, 300, 64], num_first=1) == [64, 32, 32]
     assert split(64, [64, 300], num_first=1) == [64, 0]
-    assert split(128, [300, 64], num_first=1) == [112, 16]
+    assert split(128, [300, 64], num_first=1) == [64, 64]
     assert split(512, [64, 100, 300], num_first=2) == [64, 100, 300]
 
 
@@ -105,5 +105,5 @@ def test_no_token_is_left_that_anybody_needs(budget: int, needs: list[int]) -> N
     grants = split(budget, needs)
     assert all(0 <= grant <= need for grant, need in zip(grants, needs, strict=True))
     assert sum(grants) == min(budget, sum(needs))
-    if needs and budget >= QUANTUM * len(needs):
+    if needs and budget >= SHORT * len(needs):
         assert all(g >= min(need, QUANTUM) for g, need in zip(grants, needs, strict=True))
