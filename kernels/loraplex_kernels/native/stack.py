@@ -23,7 +23,8 @@ PHASES = (
     "down",
     "head",
 )
-"""Parts of a step, in the order of stack.h's `Phase`."""
+"""Parts of a step, in the order of stack.h's `Phase`. `shrink` is the whole low-rank update where
+few rows have the same adapter, its first half elsewhere."""
 
 
 class _Weight(Structure):
