@@ -104,7 +104,7 @@ class Admission:
 
     def _start(self, sequence: Sequence, keep: set[str], plan: Plan) -> bool:
         limit, places = self._config.max_running, plan.places
-        is_last = limit - len(self._running) <= limit // HEADROOM
+        is_last = limit - len(self._running) <= _headroom(limit)
         is_under = 2 * places.held[sequence.client] * places.fair.num_clients < limit
         has_room = self._roster.start(sequence, keep, plan)
         if has_room and is_last and is_under:
@@ -122,7 +122,7 @@ class Admission:
     def _may_have_place(self, sequence: Sequence, plan: Plan) -> bool:
         """Of clients with their share of places, the one served most leaves the last to others."""
         limit, places = self._config.max_running, plan.places
-        headroom = limit // HEADROOM
+        headroom = _headroom(limit)
         if self._num_steps - self._last_needed > HEADROOM_STEPS:
             headroom = min(1, headroom)
         if limit - len(self._running) > headroom:
@@ -202,3 +202,8 @@ class Admission:
 
     def _plain_rank(self, client: Client, first: Sequence) -> Rank:
         return (self._fair.counters[client],)
+
+
+def _headroom(limit: int) -> int:
+    """Of so many places, those that are left to others; none where there are few."""
+    return limit // HEADROOM if limit >= 2 * HEADROOM else 0

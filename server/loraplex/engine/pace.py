@@ -89,7 +89,7 @@ class Pace:
         longer = self._share * weight
         longer -= self._prompts.error * (1 + longer)
         allowed = longer * self._streams_seconds(streams)
-        allowed -= here + context * position / CONTEXT_UNIT
+        allowed -= max(0.0, here + context * position / CONTEXT_UNIT)
         if allowed <= 0:
             return MIN_BUDGET
         if token <= 0:

@@ -46,7 +46,7 @@ MAX_WEIGHT = 4.0
 soon over, of many clients."""
 
 MAX_BURST = 16.0
-"""And so many times where every client with streams has more that wait for a first token."""
+"""And at most so many times where each client with streams has others that wait."""
 
 SHORT = 128
 """Tokens left of a prompt that is soon over."""
@@ -234,10 +234,12 @@ class Scheduler:
         More of them where prompts have the higher priority. More for prompts that are soon over, as
         often as there are clients who have one. More also for the clients of streams, by how many
         more they have that wait for their first token: nobody else pays for that. As many as there
-        are where no stream is older than a few tokens.
+        are where no stream is older than a few tokens, nor of a higher priority.
         """
         streams = [row.sequence for row in plan.rows]
-        if all(len(stream.output_token_ids) <= SETTLED for stream in streams):
+        top = max(sequence.priority for sequence in streams)
+        are_new = all(len(stream.output_token_ids) <= SETTLED for stream in streams)
+        if are_new and all(sequence.priority >= top for sequence in plan.prefilling):
             return
         load = load_of(plan.rows)
         position = max((s.num_computed for s in plan.prefilling), default=0)
@@ -245,7 +247,6 @@ class Scheduler:
         def budget(weight: float) -> int:
             return min(plan.budget, pace.budget(load, position, weight))
 
-        top = max(sequence.priority for sequence in streams)
         if any(sequence.priority > top for sequence in plan.prefilling):
             plan.budget = budget(MAX_WEIGHT)
             return
