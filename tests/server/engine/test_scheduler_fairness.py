@@ -99,26 +99,27 @@ def test_a_prompt_of_a_higher_priority_has_the_step_first() -> None:
     assert rig.step() == "high:64+36*, long:64+28"
 
 
+def paced_step(rig: Rig) -> int:
+    """Tokens of prompts in one more step, of which a token costs as much as a stream."""
+    decided = rig.schedule()
+    load = load_of(decided.rows)
+    rig.scheduler.learn(decided, 0.01 + 0.001 * (load.num_decode + load.num_prefill))
+    rig.update(decided)
+    return load.num_prefill
+
+
 def test_streams_bound_what_prompts_may_take() -> None:
     rig = Rig(num_blocks=400, max_step_tokens=512, pace=Pace(0.7))
     rig.resident("x")
     rig.add("stream", 4, "x", max_tokens=200)
 
-    def step() -> int:
-        """Tokens of prompts in one more step, of which a token costs as much as a stream."""
-        decided = rig.schedule()
-        load = load_of(decided.rows)
-        rig.scheduler.learn(decided, 0.01 + 0.001 * (load.num_decode + load.num_prefill))
-        rig.update(decided)
-        return load.num_prefill
-
     for _ in range(20):
-        step()
+        paced_step(rig)
     rig.add("long", 900)
-    assert step() == 32  # at first
-    assert [step() for _ in range(30)][-1] == 16
+    assert paced_step(rig) == 32  # at first
+    assert [paced_step(rig) for _ in range(30)][-1] == 16
     rig.scheduler.abort(rig.scheduler.running[0])
-    assert step() > 300  # nobody waits for it
+    assert paced_step(rig) > 300  # nobody waits for it
 
 
 def beside_a_stream(own: int) -> tuple[int, int]:
@@ -157,20 +158,13 @@ def beside_three_streams(lengths: list[int]) -> int:
     """Prompt tokens in a step beside streams of others, of prompts that each have their client."""
     rig = Rig(num_blocks=4000, max_running=32, max_step_tokens=512, pace=Pace(0.7))
 
-    def step() -> int:
-        decided = rig.schedule()
-        load = load_of(decided.rows)
-        rig.scheduler.learn(decided, 0.01 + 0.001 * (load.num_decode + load.num_prefill))
-        rig.update(decided)
-        return load.num_prefill
-
     for index in range(3):
         rig.add(f"stream{index}", 200, max_tokens=400)
     for _ in range(20):
-        step()
+        paced_step(rig)
     for index, length in enumerate(lengths):
         rig.add(f"t{index}", length, tenant=f"t{index}", max_tokens=400)
-    return max(step() for _ in range(4))
+    return max(paced_step(rig) for _ in range(4))
 
 
 def test_short_prompts_of_many_clients_have_more_of_a_step() -> None:
