@@ -12,12 +12,19 @@ from typing import Self
 BENCHMARKS = Path(__file__).resolve().parent
 SECONDS_TO_END = 10.0
 
-
 _NOT_INHERITED = frozenset({"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"})
 
 
 class BenchmarkError(Exception):
     """Why there are no figures, in one line."""
+
+
+def first_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The first that is no group itself."""
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
 
 
 def environment() -> dict[str, str]:

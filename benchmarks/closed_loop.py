@@ -8,6 +8,7 @@ from contextlib import suppress
 from itertools import pairwise
 from typing import Protocol
 
+from child import first_error
 from loraplex_client import AsyncClient
 from outcome import Asking, Outcome, ask
 from workload import Request
@@ -41,11 +42,8 @@ class Clients:
             async with asyncio.TaskGroup() as group:
                 for client in range(self._number):
                     group.create_task(self._loop(client, load))
-        except BaseExceptionGroup as group_error:
-            error: BaseException = group_error
-            while isinstance(error, BaseExceptionGroup):
-                error = error.exceptions[0]
-            raise error from None
+        except BaseExceptionGroup as errors:
+            raise first_error(errors) from None
         return self.outcomes[first:]
 
     async def _loop(self, client: int, load: Load) -> None:

@@ -2,13 +2,13 @@
 
 import asyncio
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from typing import Any
 
-from child import BenchmarkError
+from child import BenchmarkError, first_error
 from loraplex_client import AsyncClient, InvalidArgument, LoraplexError, NotFound
 
 _AT_ONCE = 2
@@ -73,7 +73,7 @@ class MadeUp:
                 for _ in range(min(_AT_ONCE, len(ranks))):
                     group.create_task(worker())
         except* (BenchmarkError, LoraplexError, OSError) as errors:
-            raise _first(errors) from None
+            raise first_error(errors) from None
 
     async def delete(self) -> None:
         """Those that this uploaded, and nobody has deleted since."""
@@ -103,15 +103,3 @@ async def missing(client: AsyncClient, names: Sequence[str]) -> list[str]:
         except NotFound:
             absent.append(name)
     return absent
-
-
-def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    return next(_leaves(group))
-
-
-def _leaves(group: BaseExceptionGroup[BaseException]) -> Iterator[BaseException]:
-    for error in group.exceptions:
-        if isinstance(error, BaseExceptionGroup):
-            yield from _leaves(error)
-        else:
-            yield error

@@ -1,6 +1,6 @@
 """What the benchmarks under load share: a server with adapters, and streams until one has enough.
 
-Shared by long_prompt.py, fairness.py, scaling.py and memory.py.
+Shared by long_prompt.py, fairness.py, scaling.py and memory.py; the last part by stall.py, too.
 """
 
 import argparse

@@ -10,18 +10,19 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from adapter_files import linears_of, weights_bytes, write_adapter, write_variant
-from child import BenchmarkError, Child
+from child import Child
 from closed_loop import Clients, Prompts, pauses_within, stop
 from command import Check, Findings, build_parser, number, progress, run_command, table
 from figures import percentile
 from lifecycle import Server, ServerSettings, model_folder, running_server, upload_all
 from loraplex_client import AsyncClient
 from outcome import Outcome
+from scenario import until
 from uploader import Moments
 from workload import Request
 
@@ -155,7 +156,7 @@ class _Session:
             self.outcomes = clients.outcomes
             load = LongStreams(adapters, prompts, args.stream_tokens, args.streams)
             streams = asyncio.create_task(clients.run(load))
-            await _until(lambda: _num_decoding(self.outcomes) == args.streams, streams)
+            await until(lambda: _num_decoding(self.outcomes) == args.streams, streams)
             turns = asyncio.create_task(self._take_turns("pin" in info.features))
             await asyncio.wait([streams, turns], return_when=asyncio.FIRST_COMPLETED)
             await stop(streams)
@@ -192,14 +193,6 @@ class _Session:
             return True
         pooled = (pauses_within(self.outcomes, each) for each in (windows.busy(), windows.quiet))
         return all(len(pauses) >= args.pauses for pauses in pooled)
-
-
-async def _until(holds: Callable[[], bool], task: "asyncio.Task[list[Outcome]]") -> None:
-    while not holds():
-        if task.done():
-            task.result()
-            raise BenchmarkError("the streams ended before anything was measured")
-        await asyncio.sleep(0.1)
 
 
 def _num_decoding(outcomes: Sequence[Outcome]) -> int:

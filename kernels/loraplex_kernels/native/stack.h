@@ -333,7 +333,8 @@ inline void Stack::run(const Step& step) {
                      step.segments, step.num_segments},
                     step.rows);
         natural_ = natural_memory_.at_least(packed_size(step.rows, widest));
-        update_ = is_small(step.rows, step.num_segments, step.granules) ? update_memory_.at_least(step.rows * update_size()) : nullptr;
+        const bool small = is_small(step.rows, step.num_segments, step.granules);
+        update_ = small ? update_memory_.at_least(step.rows * update_size()) : nullptr;
         v_ = v_memory_.at_least(lora_.v_bytes(kMaxProjections));
     }
     if (!phases_) phases_.reset(new PhaseState[num_phases()]);

@@ -48,8 +48,8 @@ soon over, of many clients."""
 MAX_BURST = 16.0
 """And at most so many times where each client with streams has others that wait."""
 
-SHORT = 128
-"""Tokens left of a prompt that is soon over."""
+SOON_OVER = 128
+"""Tokens left of a prompt, at most, that counts as such."""
 
 SETTLED = 8
 """Tokens of a stream: the gaps before may be long, so that those who come together begin so."""
@@ -251,7 +251,7 @@ class Scheduler:
             plan.budget = budget(MAX_WEIGHT)
             return
         allowed = budget(1.0)
-        short = {s: left for s, left in plan.prefilling.items() if left <= SHORT}
+        short = {s: left for s, left in plan.prefilling.items() if left <= SOON_OVER}
         weight = min(MAX_WEIGHT, len({sequence.client for sequence in short}))
         if weight > 1:
             allowed = min(budget(weight), allowed + sum(short.values()))
