@@ -89,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("what is asked")
     number(group, "--requests", MIN_REQUESTS, "of each of the seven, without the flood and with it")
     number(group, "--seconds", 20, "that count, of the capacity and of each mix")
-    number(group, "--max-running", 32, "requests that the server runs together")
+    number(group, "--max-running", 64, "requests that the server runs together")
     group.add_argument("--quick", action="store_true", help="20 requests, 5 seconds")
     return parser
 

@@ -2,16 +2,20 @@
 
     streams' part = a + b * streams + c * their context + d * their adapters
     prompts' part = e + f * tokens + g * context + h * tokens * context
+    prompts alone = i + f * tokens + g * context + h * tokens * context
 
 The streams' part is learnt from steps without prompts alone, and the prompts' from what a step with
 some takes beyond it: their costs would be taken for each other's otherwise, since both grow as a
 long prompt goes on. So now and then a step is left without a prompt.
 
-The four of each are followed by a Kalman filter whose state walks at random, one measured step at a
-time: Sorenson, "Least-squares estimation: from Gauss to Kalman" (1970). Errors count in relation to
-the step's time; one that is out of line with the last ones, as a busy machine makes them, is cut
-down to what would be in line. What no step tells apart, such as the cost of a prompt's tokens and
-of its being there, keeps its estimate and grows uncertain only up to where it began.
+What every step takes, such as the reading of the weights, is in a where there are streams, and in i
+where there are none, or nothing is known of them yet.
+
+The prices of each part are followed by a Kalman filter whose state walks at random, one measured
+step at a time: Sorenson, "Least-squares estimation: from Gauss to Kalman" (1970). Errors count in
+relation to the step's time; one that is out of line with the last ones, as a busy machine makes
+them, is cut down to what would be in line. What no step tells apart, such as the cost of a prompt's
+tokens and of its being there, keeps its estimate and grows uncertain only up to where it began.
 """
 
 from collections.abc import Sequence as Seq
@@ -41,7 +45,7 @@ NOISE = 0.05  # of a step's time: no less is expected of a measurement
 WALK = 0.01  # of its first uncertainty: so far an estimate may move in one step
 OUTLIER = 3.0  # times the usual error
 STREAMS = (1.0, 0.1, 0.5, 0.1)
-PROMPTS = (0.3, 0.05, 0.3, 0.05)
+PROMPTS = (0.3, 0.05, 0.3, 0.05, 1.0)
 """Uncertainty of each at first, in times of the first step that was measured."""
 
 
@@ -62,15 +66,17 @@ class Pace:
         if seconds <= 0 or load.num_drafts:
             return
         if load.num_prefill:
-            streams = self._streams_seconds(load) if load.num_decode else 0.0
-            self._prompts.learn(_prompts(load), seconds - streams, seconds)
+            streams = self._streams_seconds(load)
+            self._prompts.learn(_prompts(load, streams > 0), seconds - streams, seconds)
         else:
             self._streams.learn(_streams(load), seconds, seconds)
 
     def seconds(self, load: StepLoad) -> float:
         """What such a step is expected to take."""
-        prompts = self._prompts.estimate(_prompts(load)) if load.num_prefill else 0.0
-        return self._streams_seconds(load) + max(0.0, prompts)
+        streams = self._streams_seconds(load)
+        if not load.num_prefill:
+            return streams
+        return streams + max(0.0, self._prompts.estimate(_prompts(load, streams > 0)))
 
     def budget(self, streams: StepLoad, position: int, weight: float = 1.0) -> int:
         """Prompt tokens for a step with such streams; 0 where it is time to see them alone.
@@ -83,7 +89,7 @@ class Pace:
             return 0
         if not knows_streams or self._prompts.num_seen < MIN_PREFILL_STEPS:
             return DEFAULT_BUDGET
-        here, token, context, read = self._prompts.state
+        here, token, context, read, _ = self._prompts.state
         read = max(0.0, read) / CONTEXT_UNIT
         token = max(0.0, token) + read * position
         longer = self._share * weight
@@ -99,6 +105,9 @@ class Pace:
         return max(MIN_BUDGET, int(num_tokens) // QUANTUM * QUANTUM)
 
     def _streams_seconds(self, load: StepLoad) -> float:
+        """0: there are none, or nothing is known of them."""
+        if not load.num_decode:
+            return 0.0
         # Several costs that always come together are known by their sum alone, and one of them may
         # be estimated below nothing.
         return max(0.0, self._streams.estimate(_streams(load)))
@@ -155,9 +164,10 @@ def _streams(load: StepLoad) -> tuple[float, ...]:
     return (1.0, load.num_decode, load.context / CONTEXT_UNIT, load.num_adapters)
 
 
-def _prompts(load: StepLoad) -> tuple[float, ...]:
+def _prompts(load: StepLoad, has_streams: bool) -> tuple[float, ...]:
     context = load.prefill_context / CONTEXT_UNIT
-    return (1.0, load.num_prefill, context / load.num_prefill, context)
+    beside, alone = (1.0, 0.0) if has_streams else (0.0, 1.0)
+    return (beside, load.num_prefill, context / load.num_prefill, context, alone)
 
 
 def _dot(left: Seq[float], right: Seq[float]) -> float:

@@ -73,6 +73,15 @@ def test_what_a_long_prompt_costs_by_being_there_is_not_taken_for_its_tokens_pri
     assert budgets[-2] < budgets[10]
 
 
+def test_steps_of_prompts_alone_do_not_charge_prompts_for_the_reading_of_the_weights() -> None:
+    pace, source = experienced(), random.Random(1)
+    for count in range(200):
+        load = prefill(16 * (count % 10 == 0), 2000, source.randint(32, 256), 0)
+        pace.learn(load, COSTS.of(load, 0))
+    mixed = prefill(16, 2000, 32, 0)
+    assert pace.seconds(mixed) == pytest.approx(COSTS.of(mixed, 0), rel=0.05)
+
+
 def test_streams_are_seen_alone_now_and_then() -> None:
     """They got quicker during a long prompt, which the steps with one do not tell."""
     pace = experienced()
