@@ -76,6 +76,8 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error("--trace-speed needs --trace")
     if args.trace is not None and (args.num_adapters or args.adapter):
         parser.error("--trace names its adapters itself: leave out --num-adapters and --adapter")
+    if args.popularity.kind != "uniform" and not (args.adapter or args.num_adapters):
+        parser.error("--popularity is among adapters: give --num-adapters or --adapter")
     if args.adapter and args.num_adapters:
         parser.error("either adapters that are there (--adapter) or made-up ones (--num-adapters)")
     names = len(args.adapter) or args.num_adapters
@@ -253,7 +255,7 @@ def _add_adapters(group: "argparse._ArgumentGroup") -> None:
 
 
 def _add_requests(group: "argparse._ArgumentGroup") -> None:
-    number(group, "--num-requests", 64, "in each run")
+    number(group, "--num-requests", 64, "in each run; a trace has as many as its lines")
     for flag, what in (("--prompt-tokens", "of each prompt"), ("--max-tokens", "of each answer")):
         group.add_argument(
             flag,

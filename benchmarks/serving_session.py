@@ -115,7 +115,8 @@ class Session:
         if args.adapter and absent:
             raise BenchmarkError(f"the server has no adapter {', '.join(absent)}")
         if absent:
-            progress(f"making up {len(absent)} adapters that the server does not have")
+            some = ", ".join(absent[:4]) + (", ..." if len(absent) > 4 else "")
+            progress(f"making up {len(absent)} adapters that the server does not have: {some}")
             self._make_up(absent)
         return list(names)
 
