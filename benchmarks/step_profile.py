@@ -21,7 +21,7 @@ from loraplex.adapters.peft import BaseLinear, read_adapter, read_config
 from loraplex.config import ServeConfig, cache_dir
 from loraplex.engine.batch import DeviceMemory, build_input
 from loraplex.engine.model_runner import block_shape
-from loraplex.engine.sampler import sample
+from loraplex.engine.sampler import confirm, sample
 from loraplex.engine.sequence import SamplingParams, StopParams
 from loraplex.engine.sequence import Sequence as EngineSequence
 from loraplex.engine.step import Scheduled
@@ -131,9 +131,14 @@ class Steps:
                 start = time.perf_counter()
                 step = build_input(rows, self._memory)
                 built = time.perf_counter()
-                logits = decoder.forward(step, self._cache, ops, self._activations)
-                computed = time.perf_counter()
-                sample(logits, rows)
+                if decoder.chooses(step, ops):
+                    tokens = decoder.choose(step, self._cache, ops, self._activations)
+                    computed = time.perf_counter()
+                    confirm(tokens.tolist(), rows)
+                else:
+                    logits = decoder.forward(step, self._cache, ops, self._activations)
+                    computed = time.perf_counter()
+                    sample(logits, rows)
                 times.append((built - start, computed - built, time.perf_counter() - computed))
         build, forward, sampled = (
             1e3 * statistics.median(each) for each in zip(*times[2:], strict=True)
@@ -203,8 +208,10 @@ def _floor(
     shapes = [(s.out_features, s.in_features) for s in model.linears()]
     linears = sum(n * k for n, k in shapes)
     head = model.vocab_size * model.hidden_size
+    is_fused = base.decoder.fused(base.ops) is not None
+    head_weight = 1 if is_fused else base.decoder.dtype.itemsize  # greedy steps read int8
     features = sum(n + k for n, k in shapes)
-    moved = linears // 2 + 4 * linears // 64 + head * base.decoder.dtype.itemsize
+    moved = linears // 2 + 4 * linears // 64 + head * head_weight
     moved += num_adapters * RANK * features * base.decoder.dtype.itemsize + batch * kv_bytes_a_row
     products = batch * (linears + head + (RANK * features if num_adapters else 0))
     return (

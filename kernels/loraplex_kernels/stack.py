@@ -67,12 +67,12 @@ class StackStep:
     attention: AttentionInput
     lora: LoraInput
     logits_rows: Tensor  # int64 [L]
-    normed: Tensor  # [T, hidden], for intermediate results, as the four below
+    normed: Tensor  # [T, hidden], for intermediate results, as the three below
     qkv: Tensor  # [T, (heads + 2 kv_heads) * head_dim]
     attended: Tensor  # [T, heads * head_dim]
-    gated: Tensor  # [T, intermediate]
     last_normed: Tensor  # [L, hidden], written: what the head reads
-    logits: Tensor  # fp32 [L, vocab], written
+    logits: Tensor  # fp32 [L, vocab], written; nobody's where there are tokens
+    tokens: Tensor | None  # int64 [L], the largest logits', written; -1: one is not finite
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +90,7 @@ class LayerStack(Protocol):
     """A stack made ready to run. Mutable: its scratch memory; one step at a time."""
 
     def run(self, step: StackStep) -> None:
-        """Every layer, the final norm, and the head of the wanted rows."""
+        """Every layer, the final norm, and the head of the wanted rows, or its largest logits."""
 
     def num_bytes(self, limits: StepLimits) -> int:
         """What its own memory comes to, at most, with steps within these limits."""

@@ -71,6 +71,9 @@ class RecordingDecoder(Decoder):
         self.last = self._decoder.forward(every_row, kv_cache, ops, memory).clone()
         return self.last[batch.logits_rows]
 
+    def chooses(self, batch: DecoderInput, ops: Ops) -> bool:
+        return False
+
 
 class RecordingRunner:
     """A model runner, its logits kept by request and its choices overruled where one is forced.

@@ -199,7 +199,7 @@ class Sequences:
 NONE = NO_ADAPTER
 STEPS: tuple[tuple[tuple[int, int, int], ...], ...] = (
     ((0, NONE, 33), (1, 0, 20), (2, 1, 37)),
-    ((0, NONE, 1), (1, 0, 1), (2, 1, 1)),
+    ((1, 0, 1), (0, NONE, 1), (2, 1, 1)),
     ((0, NONE, 1), (1, 2, 1), (2, 1, 5), (3, 3, 60)),
     ((0, NONE, 1), (3, NONE, 1)),
 )
@@ -240,6 +240,16 @@ if HAS_TILES:
         expected = torch.cat([alone.step(row) for row in rows])
         assert torch.equal(together.step(*rows), expected)
         assert torch.equal(crowded.step(*rows, (3, 3, 66))[: len(rows)], expected)
+
+    @pytest.mark.parametrize("slots", [(0, 1, 3), (0, 0, 2)], ids=["all of them", "without scales"])
+    def test_a_prompt_is_its_own(ops: NativeOps, slots: tuple[int, int, int]) -> None:
+        """So do prompts: alone, or in a step whose tasks are of half its rows each."""
+        weights = Weights(has_bias=False)
+        together = Sequences(weights, torch.bfloat16, ops, is_dense=False)
+        alone = Sequences(weights, torch.bfloat16, ops, is_dense=False)
+        rows = ((0, NONE, 71), (1, slots[0], 57), (2, slots[1], 5), (3, slots[2], 64))
+        expected = torch.cat([alone.step(row) for row in rows])
+        assert torch.equal(together.step(*rows), expected)
 
     def test_without_wanted_rows_the_cache_is_written(ops: NativeOps) -> None:
         weights = Weights(has_bias=False)

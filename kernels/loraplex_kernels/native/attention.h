@@ -17,6 +17,7 @@
 #include "elementwise.h"
 #include "lanes.h"
 #include "scratch.h"
+#include "stream.h"
 
 namespace {
 
@@ -26,6 +27,7 @@ constexpr int64_t kSplitColumns = 32;   // up to which a sequence's segments are
 constexpr int64_t kKeyBlock = 128;         // keys of one softmax update in tiles
 constexpr int64_t kFewColumns = 4;      // up to which vectors take over from tiles once there are scores
 constexpr int64_t kClaimedUntil = 8;    // items before the end that a thread claims one at a time
+constexpr int64_t kTaskBytes = 512 << 10;  // of keys and values, at most, that items of one task read
 constexpr int64_t kWide = 4;            // columns that share a load of a key without tiles
 static_assert(kFewColumns == 4 && kWide == 4, "each count up to 4 is named where it is chosen");
 
@@ -53,11 +55,14 @@ struct Partial {
 struct AttentionPlan {
     AttentionStep step;
     std::vector<AttentionItem> items;
+    std::vector<int64_t> tasks;  // the first item of each, and where the last one ends
     int64_t group, dim, padded, columns;  // columns: the most an item has, a multiple of kTile
     int64_t multiplications, scratch_bytes;
     bool with_tiles;  // head_dim and block_tokens allow them
 
     void build(const AttentionStep& given);
+    // So little to compute that its time is that of its keys and values.
+    bool is_few(const AttentionItem& item) const { return with_tiles && item.queries * group <= kFewColumns; }
     static int64_t columns_of_item(int64_t group) { return round_up(std::max(kColumns, group), kTile); }
     // Bytes of one thread's scratch memory.
     static int64_t scratch_size(int64_t dim, int64_t columns);
@@ -82,6 +87,7 @@ struct AttentionPlan {
     mutable std::vector<int32_t> finished_;
 
     void add_tile(int64_t sequence, int64_t row, int64_t queries, int64_t visible, bool split);
+    int64_t end_of_task(int64_t first) const;
     int64_t num_partials_, num_counters_;
 };
 
@@ -105,13 +111,29 @@ inline void AttentionPlan::build(const AttentionStep& given) {
         return std::make_tuple(-step.contexts[item.sequence], item.sequence, item.lo, item.kv_head, item.row);
     };
     std::sort(items.begin(), items.end(), [&](const auto& a, const auto& b) { return order(a) < order(b); });
+    with_tiles = amx_is_permitted() && dim % kTile == 0 && step.cache.block_tokens % kTile == 0;
+    tasks.assign(1, 0);
+    while (tasks.back() < static_cast<int64_t>(items.size())) tasks.push_back(end_of_task(tasks.back()));
     if (const size_t floats = num_partials_ * partial_floats(kSplitColumns); floats > partials_.size()) {
         std::vector<float>().swap(partials_);  // not while the larger one is made
         partials_.resize(floats);
     }
     finished_.assign(num_counters_, 0);
-    with_tiles = amx_is_permitted() && dim % kTile == 0 && step.cache.block_tokens % kTile == 0;
     scratch_bytes = scratch_size(dim, columns);
+}
+
+// Heads of a few columns go together: what they read lies together. Not at the end, where it might keep
+// another thread idle.
+inline int64_t AttentionPlan::end_of_task(int64_t first) const {
+    const AttentionItem& item = items[first];
+    const int64_t count = static_cast<int64_t>(items.size());
+    const int64_t bytes = 2 * (item.hi - item.lo) * dim * static_cast<int64_t>(sizeof(bf16));
+    int64_t end = first + 1;
+    if (!is_few(item) || first + kClaimedUntil >= count) return end;
+    while (end < count && items[end].sequence == item.sequence && items[end].row == item.row &&
+           items[end].lo == item.lo && (end + 1 - first) * bytes <= kTaskBytes)
+        ++end;
+    return end;
 }
 
 inline int64_t AttentionPlan::scratch_size(int64_t dim, int64_t columns) {
@@ -127,8 +149,8 @@ inline int64_t AttentionPlan::own_bytes(int64_t heads, int64_t kv_heads, int64_t
     const int64_t splits = sequences * kv_heads * ((context + kSegment - 1) / kSegment);
     const int64_t tiles = kv_heads * (rows / std::max<int64_t>(1, kColumns * kv_heads / heads) + sequences);
     const int64_t partial = kSplitColumns * (round_up(dim, kTile) + 2) * static_cast<int64_t>(sizeof(float));
-    const int64_t item = sizeof(AttentionItem), counter = sizeof(int32_t);
-    return splits * partial + kGrowth * ((splits + tiles) * item + sequences * kv_heads * counter);
+    const int64_t item = sizeof(AttentionItem), start = sizeof(int64_t), counter = sizeof(int32_t);
+    return splits * partial + kGrowth * ((splits + tiles) * (item + start) + sequences * kv_heads * counter);
 }
 
 inline void AttentionPlan::add_tile(int64_t sequence, int64_t row, int64_t queries, int64_t visible, bool split) {
@@ -162,6 +184,7 @@ struct Tile {
     const AttentionItem& item;
     const AttentionItem* ahead;  // what this thread does next, if known
     const T *qkv, *k_cache, *v_cache;
+    Stream* stream;  // of few columns: what comes next
 
     int64_t columns() const { return item.queries * plan.group; }
     const T* query(int64_t column) const {
@@ -301,12 +324,15 @@ class Plain {
 template <typename T>
 void finish(const Tile<T>& tile, const Partial& sums, T* out) {
     const AttentionPlan& plan = tile.plan;
-    for (int64_t c = 0; c < tile.columns(); ++c) {
-        const int64_t row = tile.item.row + c / plan.group, head = tile.item.kv_head * plan.group + c % plan.group;
-        T* target = out + (row * plan.step.heads + head) * plan.dim;
-        const float* sum = sums.sums + c * plan.padded;
-        const float inverse = 1.f / sums.total[c];
-        for (int64_t i = 0; i < plan.dim; ++i) store(target, i, sum[i] * inverse);
+    const float* sum = sums.sums;
+    for (int64_t c = 0; c < tile.columns(); c += plan.group) {  // a row's heads lie together
+        T* target = out + ((tile.item.row + c / plan.group) * plan.step.heads + tile.item.kv_head * plan.group) * plan.dim;
+        for (int64_t head = 0; head < plan.group; ++head, target += plan.dim, sum += plan.padded) {
+            const float inverse = 1.f / sums.total[c + head];
+            int64_t i = 0;
+            for (; i + kLanes <= plan.dim; i += kLanes) store_lanes(target + i, load_lanes(sum + i) * inverse);
+            for (; i < plan.dim; ++i) store(target, i, sum[i] * inverse);
+        }
     }
 }
 
@@ -338,28 +364,53 @@ void attend(const Tile<T>& tile, T* out, void* memory) {
     finish(tile, all, out);
 }
 
+template <typename T>
+void attend(const Tile<T>& tile, T* out, void* scratch) {
+#if LORAPLEX_AMX
+    if constexpr (std::is_same_v<T, bf16>)
+        if (tile.plan.with_tiles) return attend<InTiles>(tile, out, scratch);
+#endif
+    attend<Plain<T>>(tile, out, scratch);
+}
+
+// Asks for what a task reads, if it is one of few columns.
+template <typename T>
+void push_task(const AttentionPlan& plan, int64_t task, const T* k_cache, const T* v_cache, Stream& stream) {
+    if (task < 0 || task + 1 >= static_cast<int64_t>(plan.tasks.size())) return;
+    const AttentionItem& item = plan.items[plan.tasks[task]];
+    if (!plan.is_few(item)) return;
+    const Cache& cache = plan.step.cache;
+    const int64_t side = cache.block_tokens * cache.head_dim, heads = plan.tasks[task + 1] - plan.tasks[task];
+    const int32_t* blocks = plan.step.block_tables + item.sequence * plan.step.max_blocks;
+    for (int64_t key = item.lo; key < item.hi; key += cache.block_tokens)
+        for (const T* base : {k_cache, v_cache})
+            stream.push(base + blocks[key / cache.block_tokens] * cache.stride_block + item.kv_head * side,
+                        heads * side);
+}
+
 // Does items until none is left. Every thread of a team calls it, with a counter that starts at 0 and
 // `plan.scratch_bytes` of its own, 64 bytes aligned; with tiles configured where they are permitted.
 template <typename T>
 void attention_tasks(const AttentionPlan& plan, const T* qkv, const T* k_cache, const T* v_cache, T* out,
                      std::atomic<int64_t>& next, void* scratch) {
-    const int64_t count = static_cast<int64_t>(plan.items.size());
+    const int64_t count = static_cast<int64_t>(plan.tasks.size()) - 1;
     const auto take = [&] { return next.fetch_add(1, std::memory_order_relaxed); };
-    for (int64_t i = take(); i < count;) {
-        // Known early, the next item's keys can be fetched during this one; not at the end, where it
-        // might keep another thread idle.
-        const int64_t claimed = i + kClaimedUntil < count ? take() : -1;
-        const AttentionItem* ahead = claimed >= 0 && claimed < count ? &plan.items[claimed] : nullptr;
-        const Tile<T> tile{plan, plan.items[i], ahead, qkv, k_cache, v_cache};
-#if LORAPLEX_AMX
-        if constexpr (std::is_same_v<T, bf16>) {
-            if (plan.with_tiles)
-                attend<InTiles>(tile, out, scratch);
-            else
-                attend<Plain<T>>(tile, out, scratch);
-        } else
-#endif
-            attend<Plain<T>>(tile, out, scratch);
+    Stream stream;
+    int64_t i = take();
+    push_task(plan, i, k_cache, v_cache, stream);
+    while (i < count) {
+        const AttentionItem* item = &plan.items[plan.tasks[i]];
+        const AttentionItem* const end = item + plan.tasks[i + 1] - plan.tasks[i];
+        const bool few = plan.is_few(*item);
+        // Known early, the next task's keys can be fetched during this one; not at the end, where it might
+        // keep another thread idle for long.
+        const int64_t claimed = few || i + kClaimedUntil < count ? take() : -1;
+        const AttentionItem* ahead = claimed >= 0 && claimed < count ? &plan.items[plan.tasks[claimed]] : nullptr;
+        push_task(plan, claimed, k_cache, v_cache, stream);
+        stream.over((end - item) * round_up(item->hi - item->lo, 32) / 8);
+        for (; item < end; ++item)
+            attend({plan, *item, ahead, qkv, k_cache, v_cache, few ? &stream : nullptr}, out, scratch);
+        stream.rest();
         i = claimed >= 0 ? claimed : take();
     }
 }

@@ -69,29 +69,36 @@ inline InTiles::InTiles(const Tile<bf16>& tile, Carver& scratch) : tile_(tile) {
     weights_ = scratch.take<bf16>(2 * kKeyBlock * kTile);
     values_ = scratch.take<bf16>(kKeyBlock * padded_);
     pack_queries();
-    for (int64_t c = 0; c < groups_ * kTile; ++c) {
-        limits_[c] = c < tile.columns() ? tile.limit(c) : INT32_MAX;
-        firsts_[c] = c < tile.columns() ? tile.first(c) : 0;
+    std::fill_n(limits_, groups_ * kTile, INT32_MAX);
+    std::fill_n(firsts_, groups_ * kTile, 0);
+    for (int64_t c = 0; c < tile.columns(); c += plan.group) {
+        std::fill_n(limits_ + c, plan.group, tile.limit(c));
+        std::fill_n(firsts_ + c, plan.group, tile.first(c));
     }
 }
 
 // queries_[group][step of 32][pair of dim][column][2]
 inline void InTiles::pack_queries() {
-    for (int64_t group = 0; group < groups_; ++group)
+    const int64_t row_stride = tile_.query(tile_.plan.group) - tile_.query(0);
+    const bf16* row = tile_.query(0);
+    int64_t head = 0;
+    for (int64_t group = 0; group < groups_; ++group) {
+        const bf16* columns[kTile];
+        for (int64_t j = 0; j < kTile; ++j) {
+            columns[j] = group * kTile + j < tile_.columns() ? row + head * dim_ : nullptr;
+            if (++head == tile_.plan.group) head = 0, row += row_stride;
+        }
         for (int64_t step = 0; step < depth_; ++step) {
             const int64_t left = std::min<int64_t>(32, dim_ - 32 * step);
             const __mmask32 mask = left == 32 ? ~0u : (1u << left) - 1;
             __m512i rows[kTile];
-            for (int64_t j = 0; j < kTile; ++j) {
-                const int64_t column = group * kTile + j;
-                rows[j] = column < tile_.columns()
-                              ? _mm512_maskz_loadu_epi16(mask, tile_.query(column) + 32 * step)
-                              : _mm512_setzero_si512();
-            }
+            for (int64_t j = 0; j < kTile; ++j)
+                rows[j] = columns[j] ? _mm512_maskz_loadu_epi16(mask, columns[j] + 32 * step) : _mm512_setzero_si512();
             transpose(rows);
             bf16* packed = queries_ + (group * depth_ + step) * kTileElements;
             for (int64_t j = 0; j < kTile; ++j) _mm512_store_si512(packed + 32 * j, rows[j]);
         }
+    }
 }
 
 // Where the block's keys and values lie; a group of 16 never crosses a cache block.
@@ -186,15 +193,14 @@ inline void InTiles::weigh(int64_t group, int64_t base, int64_t end, const Parti
     const int64_t size = round_up(end - base, 32), at = group * kTile;
     const __m512i limit = _mm512_load_si512(limits_ + at), first = _mm512_load_si512(firsts_ + at);
     const __m512 before = _mm512_loadu_ps(out.top + at);
-    const bool masked = _mm512_cmplt_epi32_mask(limit, _mm512_set1_epi32(base + size)) |
-                        _mm512_cmpgt_epi32_mask(first, _mm512_set1_epi32(base));
-    if (masked)
-        for (int64_t k = 0; k < size; ++k) {
-            const __m512i key = _mm512_set1_epi32(base + k);
-            const __mmask16 seen = _mm512_cmplt_epi32_mask(key, limit) & _mm512_cmpge_epi32_mask(key, first);
-            const __m512 score = _mm512_load_ps(scores + k * kTile);
-            _mm512_store_ps(scores + k * kTile, _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), seen, score));
-        }
+    const bool all_begin = !_mm512_cmpgt_epi32_mask(first, _mm512_set1_epi32(base));
+    // The group's first column sees the fewest keys.
+    for (int64_t k = all_begin ? std::max<int64_t>(0, limits_[at] - base) : 0; k < size; ++k) {
+        const __m512i key = _mm512_set1_epi32(base + k);
+        const __mmask16 seen = _mm512_cmplt_epi32_mask(key, limit) & _mm512_cmpge_epi32_mask(key, first);
+        const __m512 score = _mm512_load_ps(scores + k * kTile);
+        _mm512_store_ps(scores + k * kTile, _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), seen, score));
+    }
     __m512 highest[4] = {before, before, before, before};
     for (int64_t k = 0; k < size; k += 4)  // a NaN is never the highest
         for (int64_t j = 0; j < 4; ++j) highest[j] = _mm512_max_ps(_mm512_load_ps(scores + (k + j) * kTile), highest[j]);
@@ -210,7 +216,8 @@ inline void InTiles::weigh(int64_t group, int64_t base, int64_t end, const Parti
                                                  power_of_two(_mm512_fmsub_ps(before, scale, offset)));
         _mm512_store_ps(kept, factor);
         total = _mm512_mul_ps(total, factor);
-        for (int64_t c = 0; c < kTile; ++c) {
+        const bool any = _mm512_cmp_ps_mask(before, _mm512_set1_ps(-FLT_MAX), _CMP_NEQ_UQ);  // was summed up
+        for (int64_t c = 0; any && c < kTile; ++c) {
             float* sums = out.sums + (at + c) * padded_;
             for (int64_t i = 0; i < padded_; i += kTile)
                 _mm512_storeu_ps(sums + i, _mm512_mul_ps(_mm512_loadu_ps(sums + i), _mm512_set1_ps(kept[c])));
@@ -279,6 +286,7 @@ inline void InTiles::sum_up(int64_t group, int64_t steps, float* sums) {
 
 // Keys or values of the next block, 16 tokens of one head.
 inline void InTiles::prefetch(const bf16* base, int64_t group) const {
+    if (tile_.stream) return tile_.stream->share();
     if (group >= later_groups_) return;
     const bf16* rows = tile_.at(*later_, base, later_lo_ + group * kTile);
     for (int64_t i = 0; i < kTile * dim_; i += 32) _mm_prefetch(reinterpret_cast<const char*>(rows + i), _MM_HINT_T0);
@@ -313,11 +321,16 @@ inline void InTiles::add(int64_t lo, int64_t hi, const Partial& out) {
         }
         for (int64_t group = 0; group < groups_; group += 2) {
             const bool pair = group + 1 < groups_;
-            pair ? score<true>(group, key_groups) : score<false>(group, key_groups);
             if (group == 0) interleave_values(end - base);
-            weigh(group, base, end, out);
-            if (pair) weigh(group + 1, base, end, out);
-            const int64_t steps = (end - base + 31) / 32;
+            // The last column sees the most keys.
+            const int64_t last = std::min((group + 2) * kTile, tile_.columns()) - 1;
+            const int64_t seen = std::min(end, tile_.limit(last));
+            if (seen <= base) continue;
+            const int64_t of_them = (seen - base + kTile - 1) / kTile;
+            pair ? score<true>(group, of_them) : score<false>(group, of_them);
+            weigh(group, base, seen, out);
+            if (pair) weigh(group + 1, base, seen, out);
+            const int64_t steps = (seen - base + 31) / 32;
             pair ? sum_up<true>(group, steps, out.sums) : sum_up<false>(group, steps, out.sums);
         }
     }

@@ -8,24 +8,20 @@
 
 #include <omp.h>
 
-#include <array>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
 #include "amx.h"
+#include "epilogue.h"
 #include "lanes.h"
 #include "scratch.h"
 #include "team.h"
 
 namespace {
 
-constexpr int64_t kBlock = 64;                  // weights that share an absmax; k of two tiles
-constexpr int64_t kPanel = 2 * kTile;           // outputs that are computed at a time
 constexpr int64_t kAhead = 2;                   // blocks between looking weights up and multiplying them:
 constexpr int64_t kRing = 4;                    // a tile is not read before its stores have left the core
-constexpr int64_t kChunk = 2 * kTile;           // rows that are computed at a time
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // [outputs, k] of a stacked linear; `codes` and `absmax` as in nf4.py, or `dense`.
 struct Weight {
@@ -35,6 +31,9 @@ struct Weight {
     const bf16* dense;    // instead of codes
     int64_t outputs, k;
 };
+
+constexpr int64_t kSplitRows = 192;  // from which on a task has half the rows: weights are looked up twice, but
+                                     // its rows are in its core's cache
 
 // The k that share a pair lie apart in a block of codes: looked up four at a time, they need no
 // interleaving. Activations are packed in the same order. (`kNatural` for bf16 weights.)
@@ -111,32 +110,21 @@ inline void dequantize_tiles(const uint8_t* codes, const float* absmax, int64_t 
     }
 }
 
-// Outputs lo..hi of a linear, at `place` of each row of a result.
-struct Run {
-    int64_t lo, hi, place;
-};
-
-// Two times up to 16 outputs, from `first[half]` on, that are computed together.
-struct Panel {
-    int64_t first[2], outputs[2];  // outputs 0: nothing
-
-    std::array<Run, 2> runs() const {  // one of them, and an empty one, where the halves meet
-        if (first[1] == first[0] + kTile) return {{{first[0], first[0] + outputs[0] + outputs[1], 0}, {0, 0, 0}}};
-        return {{{first[0], first[0] + outputs[0], 0}, {first[1], first[1] + outputs[1], kTile}}};
-    }
-};
-
-// Where panels begin: 32 outputs in a row; or, in pairs, 16 of the first half and their twins in the second.
+// Where panels begin. Of the first `paired` outputs, each comes with the one `apart` from it, 16 and 16 (weights
+// as codes); the others come 32 in a row.
 struct Panels {
-    int64_t outputs;
-    bool in_pairs;
-    int64_t count() const { return ceil_div(in_pairs ? outputs / 2 : outputs, in_pairs ? kTile : kPanel); }
+    int64_t outputs, paired = 0, apart = 1;
+    // Panels that one thread computes: those in pairs share lines of the adapters' weights.
+    int64_t together() const { return paired < outputs ? 1 : 2; }
+    int64_t pairs() const { return paired / (2 * apart) * ceil_div(apart, kTile); }
+    int64_t count() const { return pairs() + ceil_div(outputs - paired, kPanel); }
     Panel at(int64_t index) const {
-        if (in_pairs) {
-            const int64_t first = index * kTile, outputs_ = std::min(kTile, outputs / 2 - first);
-            return {{first, outputs / 2 + first}, {outputs_, outputs_}};
+        if (index < pairs()) {
+            const int64_t shares = ceil_div(apart, kTile), place = index % shares * kTile;
+            const int64_t first = index / shares * 2 * apart + place, count = std::min(kTile, apart - place);
+            return {{first, first + apart}, {count, count}};
         }
-        const int64_t first = index * kPanel, rest = outputs - first - kTile;
+        const int64_t first = paired + (index - pairs()) * kPanel, rest = outputs - first - kTile;
         return {{first, first + kTile},
                 {std::min(kTile, outputs - first), std::max<int64_t>(0, std::min(kTile, rest))}};
     }
@@ -180,8 +168,10 @@ class Ahead {
 };
 
 // The panel that a thread may get first, before its phase begins.
-inline void prefetch_panel(const Weight& w, const Panels& panels, int64_t index) {
-    if (index >= panels.count()) return;
+inline void prefetch_panel(const Weight& w, const Panels& panels, int thread) {
+    const int64_t place = thread / 2 * panels.together(), count = panels.count();
+    if (place >= count) return;
+    const int64_t index = is_from_back(thread) ? (count - 1 - place) / panels.together() * panels.together() : place;
     Ahead ahead(w, panels.at(index));
     for (int64_t block = 0; block < w.k / kBlock; ++block) ahead.next_share();
 }
@@ -265,14 +255,6 @@ void multiply_panel(const Product& p, const Panel& panel, Ahead* ahead, int64_t 
     if (Both && Groups == 2) _tile_stored(3, sums + 768, 64);
 }
 
-// Part of a panel's result: y[row * kPanel + half * 16 + i] is output `panel.first[half] + i` of row
-// `lo + row`, fp32, for rows lo..hi.
-struct Result {
-    const Panel& panel;
-    int64_t lo, hi;
-    float* y;
-};
-
 // A bf16 panel with less than 16 outputs in a run, whole in `buffer`: no tile reads past the weight.
 inline Weight padded(const Weight& w, const Panel& panel, bf16* buffer) {
     for (int half = 0; half < 2; ++half)
@@ -285,119 +267,53 @@ inline Weight padded(const Weight& w, const Panel& panel, bf16* buffer) {
     return copy;
 }
 
-// Sums as rows: y[row][half * 16 + output].
-inline void to_rows(const float* sums, int halves, int groups, float* y) {
-    for (int half = 0; half < halves; ++half)
-        for (int group = 0; group < groups; ++group) {
-            __m512i v[kTile];
-            for (int64_t i = 0; i < kTile; ++i) v[i] = _mm512_load_si512(sums + (half * 2 + group) * 256 + i * kTile);
-            transpose(v);
-            float* to = y + group * kTile * kPanel + half * kTile;
-            for (int64_t i = 0; i < kTile; ++i) _mm512_store_si512(to + i * kPanel, v[i]);
-        }
-}
+constexpr auto kNothing = [](const Panel&, int64_t, int64_t, bool) {};
 
 // Every panel of a linear, shared with the other threads of a region: each calls this with the same
-// counter and a buffer of its own. `begin(Panel)` comes first; `finish(Result)` writes what it is given.
+// counter and a buffer of its own. `begin(Panel, lo, hi, is_first)` comes before each chunk of rows;
+// `finish(Result)`, or `finish(Sums)`, writes what it is given.
 template <typename Begin, typename Finish>
 void multiply(const Product& product, const Panels& panels, bf16* buffer, std::atomic<int64_t>& next, Begin&& begin,
               Finish&& finish) {
     alignas(64) float sums[4 * 256], y[kChunk * kPanel];
-    const int64_t count = panels.count(), rows = product.rows;
-    int64_t twin = -1;  // of panels in pairs two at a time: they share lines of the adapters' weights
-    const auto take = [&] {
-        const int64_t held = std::exchange(twin, -1);
-        if (held >= 0) return held;
-        const int64_t taken = next.fetch_add(1, std::memory_order_relaxed);
-        if (!panels.in_pairs) return taken;
-        twin = 2 * taken + 1;
-        return 2 * taken;
+    const int64_t middle = product.rows < kSplitRows ? product.rows : round_up(product.rows / 2, kChunk);
+    const int64_t count = panels.count(), together = panels.together(), tasks = ceil_div(count, together);
+    const int64_t halves = middle < product.rows ? 2 : 1;
+    const bool from_back = is_from_back(omp_get_thread_num());
+    struct Share {
+        int64_t half, panel;
     };
-    for (int64_t index = take(); index < count;) {
-        const int64_t following = take();
-        const Panel panel = panels.at(index);
-        Ahead ahead(product.weight, panels.at(std::min(following, count - 1)));
+    Share taken{halves, count};
+    const auto take_share = [&] {
+        if (++taken.panel < count && taken.panel % together) return taken;
+        const int64_t task = take(next, halves * tasks, from_back);
+        return taken = {task / tasks, task % tasks * together};
+    };
+    for (Share share = take_share(), following; share.half < halves; share = following) {
+        following = take_share();
+        const Panel panel = panels.at(share.panel);
+        const int64_t first = share.half * middle, rows = share.half ? product.rows : middle;
+        Ahead ahead(product.weight, panels.at(following.panel));
         const bool both = panel.outputs[1] > 0;
-        begin(panel);
         Product p = product;
         if (p.weight.dense && (panel.outputs[0] < kTile || (both && panel.outputs[1] < kTile)))
             p.weight = padded(p.weight, panel, buffer);
-        for (int64_t lo = 0; lo < rows; lo += kChunk) {
+        for (int64_t lo = first; lo < rows; lo += kChunk) {
             const int64_t hi = std::min(lo + kChunk, rows);
             const bool two = hi - lo > kTile;
+            begin(panel, lo, hi, lo == first);
             const auto run = both ? (two ? multiply_panel<2, true> : multiply_panel<1, true>)
                                   : (two ? multiply_panel<2, false> : multiply_panel<1, false>);
-            Ahead* const prefetched = lo == 0 && following < count ? &ahead : nullptr;
-            run(p, panel, prefetched, lo / kTile, buffer, lo > 0, rows > kChunk, sums);
-            to_rows(sums, both ? 2 : 1, two ? 2 : 1, y);
-            finish(Result{panel, lo, hi, y});
+            Ahead* const prefetched = lo == first && following.half < halves ? &ahead : nullptr;
+            run(p, panel, prefetched, lo / kTile, buffer, lo > first, rows - first > kChunk, sums);
+            const Sums made{panel, lo, hi, sums};
+            if constexpr (std::is_invocable_v<Finish, const Sums&>) {
+                finish(made);
+            } else {
+                to_rows(made, y);
+                finish(Result{panel, lo, hi, y});
+            }
         }
-        index = following;
-    }
-}
-
-// 16 floats as bf16; `count` of them are written.
-inline void store_half(bf16* out, __m512 value, int64_t count) {
-    const __m256i half = (__m256i)_mm512_cvtneps_pbh(value);
-    if (count >= kTile)
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), half);
-    else
-        _mm256_mask_storeu_epi16(out, static_cast<__mmask16>((1u << count) - 1), half);
-}
-
-// Rows of y [rows, stride] as bf16.
-inline void store_rows(const Result& result, bf16* y, int64_t stride) {
-    for (int half = 0; half < 2; ++half)
-        for (int64_t row = result.lo; row < result.hi && result.panel.outputs[half]; ++row)
-            store_half(y + row * stride + result.panel.first[half],
-                       _mm512_load_ps(result.y + (row - result.lo) * kPanel + half * kTile),
-                       result.panel.outputs[half]);
-}
-
-// y [rows, stride] += the result, fp32.
-inline void add_rows(const Result& result, float* y, int64_t stride) {
-    for (int half = 0; half < 2; ++half) {
-        const int64_t outputs = result.panel.outputs[half];
-        const auto mask = static_cast<__mmask16>((1u << outputs) - 1);
-        for (int64_t row = result.lo; row < result.hi && outputs; ++row) {
-            float* const to = y + row * stride + result.panel.first[half];
-            const __m512 value = _mm512_load_ps(result.y + (row - result.lo) * kPanel + half * kTile);
-            _mm512_mask_storeu_ps(to, mask, _mm512_add_ps(_mm512_maskz_loadu_ps(mask, to), value));
-        }
-    }
-}
-
-inline void write_rows(const Result& result, float* y, int64_t stride) {
-    for (int half = 0; half < 2; ++half) {
-        const int64_t outputs = result.panel.outputs[half];
-        const auto mask = static_cast<__mmask16>((1u << outputs) - 1);
-        for (int64_t row = result.lo; row < result.hi && outputs; ++row)
-            _mm512_mask_storeu_ps(y + row * stride + result.panel.first[half], mask,
-                                  _mm512_load_ps(result.y + (row - result.lo) * kPanel + half * kTile));
-    }
-}
-
-// x / (1 + e^-x), with `exponential`'s polynomial.
-inline __m512 silu(__m512 x) {
-    const __m512 y = _mm512_sub_ps(_mm512_setzero_ps(), _mm512_max_ps(x, _mm512_set1_ps(-87.f)));
-    const __m512 bounded = _mm512_max_ps(y, _mm512_set1_ps(-87.f));
-    const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(bounded, _mm512_set1_ps(1.44269504f)), 8);
-    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), bounded);
-    r = _mm512_fmadd_ps(n, _mm512_set1_ps(2.12194440e-4f), r);
-    __m512 p = _mm512_set1_ps(1.f / 5040.f);
-    for (const float c : {1.f / 720.f, 1.f / 120.f, 1.f / 24.f, 1.f / 6.f, 0.5f, 1.f, 1.f})
-        p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c));
-    const __m512 e = _mm512_scalef_ps(p, n);
-    return _mm512_div_ps(x, _mm512_add_ps(e, _mm512_set1_ps(1.f)));
-}
-
-// y [rows, stride] = silu(gate) * up, of a panel in pairs.
-inline void gate_rows(const Result& result, bf16* y, int64_t stride) {
-    for (int64_t row = result.lo; row < result.hi; ++row) {
-        const float* const from = result.y + (row - result.lo) * kPanel;
-        const __m512 up = _mm512_load_ps(from + kTile);
-        store_half(y + row * stride + result.panel.first[0], _mm512_mul_ps(silu(_mm512_load_ps(from)), up),
-                   result.panel.outputs[0]);
     }
 }
 
@@ -415,8 +331,8 @@ inline void linear(const Weight& w, const bf16* x, int64_t rows, bf16* out) {
         const Order order = w.dense ? Order::kNatural : Order::kCodes;
 #pragma omp for schedule(static)
         for (int64_t group = 0; group < ceil_div(rows, kTile); ++group) pack_group(x, rows, w.k, group, right, order);
-        multiply({w, right, rows}, {w.outputs, false}, own + omp_get_thread_num() * panel_size(w.k),
-                 next, [](const Panel&) {}, [&](const Result& result) { store_rows(result, out, w.outputs); });
+        multiply({w, right, rows}, {w.outputs}, own + omp_get_thread_num() * panel_size(w.k),
+                 next, kNothing, [&](const Result& result) { store_rows(result, out, w.outputs); });
     }
 }
 

@@ -70,29 +70,38 @@ struct LoraPlan {
     int64_t num_rows;
     std::vector<Segment> segments;
     std::vector<Segment> chunks;  // parts of segments, each of rows within one of the batch's groups of kLoraRows
-    int64_t together;             // chunks that one task shrinks
+    std::vector<Segment> owned;   // runs of rows with an adapter, whichever
+    int64_t num_owned, num_slots;  // rows with an adapter, and different adapters
+    int64_t num_blocks;            // of up to kChunks chunks that one task shrinks, the same number for each thread
 
     void build(const LoraStep& given, int64_t rows) {
         step = given, num_rows = rows;
-        segments.clear(), chunks.clear();
+        segments.clear(), chunks.clear(), owned.clear();
+        num_owned = num_slots = 0;
         for (int64_t s = 0; s < step.num_segments; ++s) {
             const Segment all{step.segments[3 * s], step.segments[3 * s + 1], step.segments[3 * s + 2]};
+            num_owned += all.hi - all.lo;
+            num_slots += std::none_of(segments.begin(), segments.end(),
+                                      [&](const Segment& other) { return other.slot == all.slot; });
             segments.push_back(all);
+            if (owned.empty() || owned.back().hi != all.lo)
+                owned.push_back(all);
+            else
+                owned.back().hi = all.hi;
             for (int64_t lo = all.lo, hi; lo < all.hi; lo = hi) {
                 hi = std::min(all.hi, round_up(lo + 1, kLoraRows));
                 chunks.push_back({all.slot, lo, hi});
             }
         }
         const int64_t count = static_cast<int64_t>(chunks.size());
-        together = std::max<int64_t>(1, std::min(kChunks, count / num_threads));
+        num_blocks = std::min(count, round_up((count + kChunks - 1) / kChunks, num_threads));
     }
-    int64_t num_blocks() const { return (static_cast<int64_t>(chunks.size()) + together - 1) / together; }
     // Of the tasks of a linear's first phase: block after block of chunks for each projection.
     template <typename Visit>
     void each_chunk(int64_t task, Visit&& visit) const {
-        const int64_t first = task % num_blocks() * together;
-        const int64_t last = std::min(first + together, static_cast<int64_t>(chunks.size()));
-        for (int64_t i = first; i < last; ++i) visit(chunks[i], task / num_blocks());
+        const int64_t count = static_cast<int64_t>(chunks.size()), block = task % num_blocks;
+        for (int64_t i = block * count / num_blocks; i < (block + 1) * count / num_blocks; ++i)
+            visit(chunks[i], task / num_blocks);
     }
     Granules granules(int64_t slot, int64_t layer, int64_t module) const {
         const Tables& t = step.tables;
@@ -120,6 +129,7 @@ struct LoraPlan {
 struct Target {
     float* panel;
     int64_t stride, lo, hi, width;  // width: of the projection
+    bool is_new = false;            // nothing is there yet: it is written
 };
 
 // v[j][r] = scale * sum_k x[j][k] A[r][k], two ranks a pass.
@@ -242,7 +252,7 @@ inline void shrink_chunk(Shrinker& shrinker, const Granules& granules, const Seg
 template <typename T>
 void lora_shrink(const LoraPlan& plan, int64_t layer, const Projection* p, int64_t num_p, const T* x,
                  [[maybe_unused]] const bf16* packed, int64_t k, void* v, std::atomic<int64_t>& next) {
-    const int64_t stride = plan.row_bytes(num_p), count = plan.num_blocks() * num_p;
+    const int64_t stride = plan.row_bytes(num_p), count = plan.num_blocks * num_p;
     for (int64_t task = next++; task < count; task = next++) {
 #if LORAPLEX_AMX
         if constexpr (std::is_same_v<T, bf16>)
@@ -309,23 +319,6 @@ void lora_expand(const LoraPlan& plan, int64_t layer, const Projection* p, int64
                                 plan.row_bytes(num_p), last - first, Target{at, stride, lo, hi, p[i].width});
                      });
     });
-}
-
-// Asks for the lines of B that a panel reads: while its base product is computed, they arrive.
-template <typename T>
-void lora_prefetch(const LoraPlan& plan, int64_t layer, const Projection* p, int64_t num_p, int64_t n_lo,
-                   int64_t n_hi) {
-    each_overlap(plan, p, num_p, 0, plan.num_rows, n_lo, n_hi,
-                 [&](const Segment& s, int64_t i, int64_t, int64_t, int64_t lo, int64_t hi) {
-                     const Granules granules = plan.granules(s.slot, layer, p[i].module);
-                     for (int64_t g = 0; g < granules.count; ++g)
-                         for (int64_t r = 0; r < kRank; ++r) {
-                             const T* row = granules.b<T>(g) + r * p[i].width;
-                             for (int64_t n = lo; n < hi; n += 64 / static_cast<int64_t>(sizeof(T)))
-                                 __builtin_prefetch(row + n);
-                             __builtin_prefetch(row + hi - 1);
-                         }
-                 });
 }
 
 // panel[row - row_lo][n - n_lo] *= c[n] for the rows of adapters that have a c, fp32, at this layer.

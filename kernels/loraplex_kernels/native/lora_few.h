@@ -9,43 +9,41 @@
 
 namespace {
 
-// panel += B v of Rows rows and 16 * Halves outputs from n on, of which the last 16 are masked.
-template <int64_t Rows, int64_t Halves>
-inline void expand_few(const bf16* const* b, int64_t granules, int64_t width, __mmask16 mask,
-                       const float (*v)[kFewRows][2][kRank], float* panel, int64_t stride) {
-    __m512 total[Rows][Halves];
+// panel += B v of Rows rows and 32 outputs, masked: those at even places and those at odd ones.
+template <int64_t Rows>
+inline void expand_32(const bf16* const* b, int64_t granules, int64_t width, __mmask32 mask,
+                       const float (*v)[kFewRows][2][kRank], float* panel, int64_t stride, bool is_new) {
+    __m512 total[Rows][2];
     for (int64_t g = 0; g < granules; ++g) {
-        __m512 high[Rows][Halves], low[Rows][Halves];
+        __m512 high[Rows][2], low[Rows][2];
         for (int64_t j = 0; j < Rows; ++j)
-            for (int64_t h = 0; h < Halves; ++h) high[j][h] = low[j][h] = _mm512_setzero_ps();
+            for (int64_t odd = 0; odd < 2; ++odd) high[j][odd] = low[j][odd] = _mm512_setzero_ps();
 #pragma GCC unroll 4
         for (int64_t r = 0; r < kRank; ++r) {
-            __m512 weight[Halves];
-            for (int64_t h = 0; h < Halves; ++h) {
-                const __m256i half = h + 1 < Halves
-                                         ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b[g] + r * width))
-                                         : _mm256_maskz_loadu_epi16(mask, b[g] + r * width + h * kTile);
-                weight[h] = first_of_pairs(_mm512_cvtepu16_epi32(half));
-            }
+            const __m512i pairs = _mm512_maskz_loadu_epi16(mask, b[g] + r * width);
+            const __m512 weight[] = {first_of_pairs(pairs), second_of_pairs(pairs)};
 #pragma GCC unroll 4
             for (int64_t j = 0; j < Rows; ++j)
 #pragma GCC unroll 2
-                for (int64_t h = 0; h < Halves; ++h) {
-                    high[j][h] = _mm512_fmadd_ps(weight[h], _mm512_set1_ps(v[g][j][0][r]), high[j][h]);
-                    low[j][h] = _mm512_fmadd_ps(weight[h], _mm512_set1_ps(v[g][j][1][r]), low[j][h]);
+                for (int64_t odd = 0; odd < 2; ++odd) {
+                    high[j][odd] = _mm512_fmadd_ps(weight[odd], _mm512_set1_ps(v[g][j][0][r]), high[j][odd]);
+                    low[j][odd] = _mm512_fmadd_ps(weight[odd], _mm512_set1_ps(v[g][j][1][r]), low[j][odd]);
                 }
         }
         for (int64_t j = 0; j < Rows; ++j)
-            for (int64_t h = 0; h < Halves; ++h) {
-                const __m512 sum = add_in_order(high[j][h], low[j][h]);
-                total[j][h] = g ? add_in_order(total[j][h], sum) : sum;
+            for (int64_t odd = 0; odd < 2; ++odd) {
+                const __m512 sum = add_in_order(high[j][odd], low[j][odd]);
+                total[j][odd] = g ? add_in_order(total[j][odd], sum) : sum;
             }
     }
+    const __m512i first = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     for (int64_t j = 0; j < Rows; ++j)
-        for (int64_t h = 0; h < Halves; ++h) {
-            float* at = panel + j * stride + h * kTile;
-            const __mmask16 m = h + 1 < Halves ? 0xffff : mask;
-            _mm512_mask_storeu_ps(at, m, add_in_order(_mm512_maskz_loadu_ps(m, at), total[j][h]));
+        for (int64_t h = 0; h < 2; ++h) {
+            float* const at = panel + j * stride + h * kTile;
+            const auto m = static_cast<__mmask16>(mask >> h * kTile);
+            const __m512i places = _mm512_add_epi32(first, _mm512_set1_epi32(static_cast<int>(8 * h)));
+            const __m512 sum = _mm512_permutex2var_ps(total[j][0], places, total[j][1]);
+            _mm512_mask_storeu_ps(at, m, add_in_order(_mm512_maskz_loadu_ps(is_new ? 0 : m, at), sum));
         }
 }
 
@@ -63,15 +61,12 @@ void expand_few(const Granules& granules, const char* v, int64_t v_stride, const
                 _mm512_store_ps(spread[g][j][1], second_of_pairs(pairs));
             }
         }
-        for (int64_t n = to.lo; n < to.hi;) {
-            const int64_t left = to.hi - n, step = left > kTile ? 2 * kTile : kTile;
-            const auto mask = static_cast<__mmask16>(left >= step ? 0xffff : (1u << (left - step + kTile)) - 1);
-            const auto run = step > kTile ? expand_few<Rows, 2> : expand_few<Rows, 1>;
+        for (int64_t n = to.lo; n < to.hi; n += 2 * kTile) {
             stream.share();
-            if (step > kTile) stream.share();
-            run(b, count, to.width, mask, spread, to.panel + n - to.lo, to.stride);
-            for (int64_t g = 0; g < count; ++g) b[g] += step;
-            n += step;
+            stream.share();
+            expand_32<Rows>(b, count, to.width, first_of_32(to.hi - n), spread, to.panel + n - to.lo, to.stride,
+                             to.is_new && from == 0);
+            for (int64_t g = 0; g < count; ++g) b[g] += 2 * kTile;
         }
     }
 }

@@ -146,7 +146,7 @@ class Expander {
             for (int64_t from = 0; from < granules.count; from += kGroup) {
                 const auto mask = static_cast<__mmask16>(to.hi - n >= kTile ? 0xffff : (1u << (to.hi - n)) - 1);
                 Piece piece{std::min(kGroup, granules.count - from), v + from * kLineBytes, v_stride, rows,
-                            to.panel + n - to.lo, to.stride, mask, 0};
+                            to.panel + n - to.lo, to.stride, mask, to.is_new && from == 0, 0};
                 for (int64_t lo = 0; lo < rows; lo += kLoraRows) {
                     piece.rows = std::min(kLoraRows, rows - lo);
                     piece.weights = lo / kLoraRows % 2 ? (laid_out_ - 1) % kSlots : laid_out_ % kSlots;
@@ -165,6 +165,7 @@ class Expander {
         float* panel;
         int64_t stride;
         __mmask16 mask;
+        bool is_new;
         int64_t weights;  // their slot: its own, or for the next rows the one before it
     };
 
@@ -202,7 +203,8 @@ class Expander {
         const Piece& piece = pieces_[slot];
         for (int64_t j = 0; j < piece.rows; ++j) {
             float* const panel = piece.panel + j * piece.stride;
-            const __m512 old = _mm512_maskz_loadu_ps(piece.mask, panel), sum = _mm512_load_ps(sums_[slot] + j * kTile);
+            const __m512 old = _mm512_maskz_loadu_ps(piece.is_new ? 0 : piece.mask, panel);
+            const __m512 sum = _mm512_load_ps(sums_[slot] + j * kTile);
             _mm512_mask_storeu_ps(panel, piece.mask, _mm512_add_ps(old, sum));
         }
     }

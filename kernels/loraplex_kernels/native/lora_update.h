@@ -16,8 +16,9 @@ constexpr int64_t kSmallStep = 64;   // rows, at most
 constexpr int64_t kManyOfOne = 8;    // rows an adapter, on average: then its bytes are few beside the work
 
 // Only with so many granules do both ways add up in one order: this one adds them up before they meet the base.
-inline bool is_small(int64_t rows, int64_t adapters, int64_t granules) {
-    return rows <= kSmallStep && rows < kManyOfOne * adapters && granules <= kGroup;
+inline bool is_small(const LoraPlan& plan) {
+    return plan.num_rows <= kSmallStep && plan.num_owned < kManyOfOne * plan.num_slots &&
+           plan.step.tables.granules <= kGroup;
 }
 
 // Both phases of a small step in one, adapter after adapter, so that the weights stream in as they lie in
@@ -25,7 +26,7 @@ inline bool is_small(int64_t rows, int64_t adapters, int64_t granules) {
 // through. Everything else as for `lora_shrink`.
 inline void lora_update(const LoraPlan& plan, int64_t layer, const Projection* p, int64_t num_p, const bf16* packed,
                         int64_t k, void* v, float* update, int64_t stride, std::atomic<int64_t>& next) {
-    const int64_t v_stride = plan.row_bytes(num_p), count = plan.num_blocks() * num_p;
+    const int64_t v_stride = plan.row_bytes(num_p), count = plan.num_blocks * num_p;
     const auto granules_of = [&](const Segment& chunk, int64_t i) {
         return plan.granules(chunk.slot, layer, p[i].module);
     };
@@ -40,8 +41,6 @@ inline void lora_update(const LoraPlan& plan, int64_t layer, const Projection* p
     const auto push_b = [&](const Segment& chunk, int64_t i) {
         const Granules granules = granules_of(chunk, i);
         for (int64_t g = 0; g < granules.count; ++g) stream.push(granules.b<bf16>(g), kRank * p[i].width);
-        for (int64_t row = chunk.lo; row < chunk.hi; ++row)
-            stream.push(update + row * stride + p[i].column, p[i].width);
     };
     int64_t task = next++;
     push_a(task);
@@ -73,8 +72,9 @@ inline void lora_update(const LoraPlan& plan, int64_t layer, const Projection* p
                 push_a(following);
             stream.over(width / kTile);
             float* const to = update + chunk.lo * stride + p[i].column;
-            for (int64_t j = 0; j < rows; ++j) std::memset(to + j * stride, 0, width * sizeof(float));
-            const Target target{to, stride, 0, width, width};
+            for (int64_t j = 0; j < rows && granules.count == 0; ++j)
+                std::memset(to + j * stride, 0, width * sizeof(float));
+            const Target target{to, stride, 0, width, width, true};
             const char* const lines = plan.line(v, chunk.lo, i, num_p);
             if (rows <= kFewRows)
                 expand_few(granules, lines, v_stride, rows, target, stream);
@@ -86,29 +86,20 @@ inline void lora_update(const LoraPlan& plan, int64_t layer, const Projection* p
     }
 }
 
-// Asks for what a panel will add: most of it is in another core's cache.
-inline void prefetch_update(int64_t rows, const float* update, int64_t stride, int64_t n_lo, int64_t n_hi) {
-    for (int64_t row = 0; row < rows; ++row)
-        for (int64_t n = n_lo; n < n_hi; n += kTile) __builtin_prefetch(update + row * stride + n);
-}
-
-// panel[row - row_lo][n - n_lo] += update[row][n].
-inline void add_update(const LoraPlan& plan, const Projection* p, int64_t num_p, const float* update,
-                       int64_t update_stride, float* panel, int64_t stride, int64_t row_lo, int64_t row_hi,
-                       int64_t n_lo, int64_t n_hi) {
-    each_overlap(plan, p, num_p, row_lo, row_hi, n_lo, n_hi,
-                 [&](const Segment&, int64_t i, int64_t first, int64_t last, int64_t lo, int64_t hi) {
-                     for (int64_t row = first; row < last; ++row) {
-                         const float* const from = update + row * update_stride + p[i].column + lo;
-                         float* const to = panel + (row - row_lo) * stride + p[i].column + lo - n_lo;
-                         for (int64_t n = 0; n < hi - lo; n += kTile) {
-                             const __mmask16 mask = hi - lo - n >= kTile ? 0xffff : (1u << (hi - lo - n)) - 1;
-                             const __m512 sum = _mm512_add_ps(_mm512_maskz_loadu_ps(mask, to + n),
-                                                              _mm512_maskz_loadu_ps(mask, from + n));
-                             _mm512_mask_storeu_ps(to + n, mask, sum);
-                         }
-                     }
-                 });
+// panel[row - row_lo][n - n_lo] += update[row][n] of the rows with an adapter.
+inline void add_update(const LoraPlan& plan, const float* update, int64_t update_stride, float* panel, int64_t stride,
+                       int64_t row_lo, int64_t row_hi, int64_t n_lo, int64_t n_hi) {
+    for (const Segment& rows : plan.owned)
+        for (int64_t n = n_lo; n < n_hi; n += kTile) {
+            const __mmask16 mask = n_hi - n >= kTile ? 0xffff : (1u << (n_hi - n)) - 1;
+#pragma GCC unroll 4
+            for (int64_t row = std::max(rows.lo, row_lo); row < std::min(rows.hi, row_hi); ++row) {
+                const float* const from = update + row * update_stride + n;
+                float* const to = panel + (row - row_lo) * stride + n - n_lo;
+                const __m512 sum = _mm512_add_ps(_mm512_maskz_loadu_ps(mask, to), _mm512_maskz_loadu_ps(mask, from));
+                _mm512_mask_storeu_ps(to, mask, sum);
+            }
+        }
 }
 
 }  // namespace

@@ -8,11 +8,14 @@
 
 #include <chrono>
 #include <memory>
+#include <type_traits>
 
 #include "attention.h"
 #include "elementwise.h"
+#include "greedy.h"
 #include "linear.h"
 #include "lora.h"
+#include "lora_chunks.h"
 #include "lora_update.h"
 #include "scratch.h"
 #include "team.h"
@@ -45,7 +48,7 @@ struct Model {
     Weight head;
 };
 
-enum Phase { kNorm, kShrink, kQkv, kRotary, kAttention, kPack, kO, kGateUp, kDown, kHead, kNumPhases };
+enum Phase { kNorm, kShrink, kQkv, kAttention, kPack, kO, kGateUp, kDown, kHead, kNumPhases };
 
 struct Step {
     int64_t rows, num_logits;
@@ -53,8 +56,9 @@ struct Step {
     const float *cos, *sin;
     const int64_t* slots;
     const int64_t* logits_rows;
-    bf16 *normed, *qkv, *attended, *gated, *last_normed;  // as in decoder.Activations
+    bf16 *normed, *qkv, *attended, *last_normed;  // as in decoder.Activations
     float* logits;
+    int64_t* tokens;  // instead of logits, where not null
     bf16* kv_cache;
     int64_t stride_block, block_tokens;
     const int32_t *block_tables, *contexts, *query_starts;
@@ -94,7 +98,7 @@ class Buffer {
 
 class Stack {
   public:
-    explicit Stack(const Model& model) : model_(model) {}
+    explicit Stack(const Model& model) : model_(model), byte_head_(model.head) {}
 
     void run(const Step& step);
     // What its memory comes to, at most, with steps within these limits.
@@ -102,14 +106,14 @@ class Stack {
 
   private:
     static constexpr int64_t kMaxProjections = 3;
-    static constexpr int64_t kMaxPhases = 14;  // of a layer
+    static constexpr int64_t kMaxPhases = 13;  // of a layer
 
     int64_t widest() const { return std::max({model_.hidden, model_.intermediate, model_.heads * model_.head_dim}); }
     int64_t update_size() const {  // of a row
         const int64_t qkv = (model_.heads + 2 * model_.kv_heads) * model_.head_dim;
         return std::max({qkv, model_.hidden, 2 * model_.intermediate});
     }
-    int64_t num_phases() const { return kMaxPhases * model_.num_layers + 2; }
+    int64_t num_phases() const { return kMaxPhases * model_.num_layers + 6; }
 
     Cache cache_of(const Step& step) const {
         return {step.stride_block, model_.kv_heads, step.block_tokens, model_.head_dim};
@@ -118,12 +122,15 @@ class Stack {
     class Worker;
 
     const Model model_;
+    const ByteHead byte_head_;
+    GreedyRows greedy_;
     std::unique_ptr<PhaseState[]> phases_;
-    Buffer<bf16> packed_memory_, natural_memory_, panel_memory_;
-    Buffer<char> scratch_memory_, v_memory_;
+    Buffer<bf16> packed_memory_, natural_memory_, gated_memory_, panel_memory_;
+    Buffer<char> scratch_memory_, v_memory_, greedy_memory_;
     Buffer<float> update_memory_;
-    bf16* packed_ = nullptr;   // the rows that the next linear reads
+    bf16* packed_ = nullptr;   // rows that a linear reads
     bf16* natural_ = nullptr;  // the same as `pack_rows` leaves them, for what shrinks them
+    bf16* gated_ = nullptr;    // those of down, packed too
     void* v_ = nullptr;        // what they were shrunk to
     float* update_ = nullptr;  // what that was expanded to, in a small step
     AttentionPlan attention_;
@@ -133,7 +140,7 @@ class Stack {
 // One thread's way through a step.
 class Stack::Worker {
   public:
-    Worker(const Stack& stack, const Step& step, PhaseState* phases, int thread, bf16* panel, void* scratch)
+    Worker(Stack& stack, const Step& step, PhaseState* phases, int thread, bf16* panel, void* scratch)
         : stack_(stack), model_(stack.model_), step_(step), phase_(phases), thread_(thread), panel_(panel), scratch_(scratch),
           times_(thread == 0 ? step.nanoseconds : nullptr), rows_(step.rows), width_(model_.heads * model_.head_dim) {
         if (times_) last_ = now();
@@ -150,45 +157,58 @@ class Stack::Worker {
     void layer(const Layer& l, int64_t index) {
         const Step& s = step_;
         const int64_t hidden = model_.hidden, inter = model_.intermediate, half = model_.head_dim / 2;
-        const int64_t qkv_width = width_ + 2 * model_.kv_heads * model_.head_dim;
         const Cache cache = stack_.cache_of(s);
         const int64_t side = cache.kv_heads * cache.block_tokens * cache.head_dim;
         bf16* const k_cache = s.kv_cache + 2 * index * side;
 
-        prefetch(l.qkv.weight, false);
+        const Panels qkv{l.qkv.weight.outputs, width_ + model_.kv_heads * model_.head_dim, half};
+        const Panels gate_up{2 * inter, 2 * inter, inter};
+        prefetch(l.qkv.weight, qkv);
         norm(l.input_norm, s.residual, nullptr, rows_, s.normed);
-        linear(kQkv, l.qkv, index, s.normed, false,
-               [&](const Result& result) { store_rows(result, s.qkv, qkv_width); });
-        tasks(kRotary, rows_, [&](int64_t row) {
-            rotary_and_cache_row(s.qkv + row * qkv_width, s.cos + row * half, s.sin + row * half, k_cache,
-                                 k_cache + side, s.slots[row], model_.heads, cache);
-        });
-        prefetch(l.o.weight, false);
+        const Turned turned{s.qkv, k_cache, k_cache + side, s.cos, s.sin, s.slots, model_.heads, cache};
+        linear(kQkv, l.qkv, index, qkv, [&](const Result& result) { turned.store(result); });
+        prefetch(l.o.weight, {hidden});
         share(kAttention, [&](Next& next) {
             attention_tasks<bf16>(stack_.attention_, s.qkv, k_cache, k_cache + side, s.attended, next, scratch_);
         });
         pack(s.attended, rows_, width_);
-        linear(kO, l.o, index, s.attended, false, [&](const Result& result) { add_rows(result, s.residual, hidden); });
+        linear(kO, l.o, index, {hidden}, [&](const Result& result) { add_rows(result, s.residual, hidden); });
 
-        prefetch(l.gate_up.weight, true);
+        prefetch(l.gate_up.weight, gate_up);
         norm(l.post_attention_norm, s.residual, nullptr, rows_, s.normed);
-        linear(kGateUp, l.gate_up, index, s.normed, true,
-               [&](const Result& result) { gate_rows(result, s.gated, inter); });
-        prefetch(l.down.weight, false);
-        pack(s.gated, rows_, inter);
-        linear(kDown, l.down, index, s.gated, false,
-               [&](const Result& result) { add_rows(result, s.residual, hidden); });
+        bf16* const natural = s.num_segments ? stack_.natural_ : nullptr;
+        linear(kGateUp, l.gate_up, index, gate_up,
+               [&](const Sums& sums) { gate_and_pack(sums, stack_.gated_, natural, inter); });
+        prefetch(l.down.weight, {hidden});
+        right_ = stack_.gated_;
+        linear(kDown, l.down, index, {hidden}, [&](const Result& result) { add_rows(result, s.residual, hidden); });
+        right_ = stack_.packed_;
     }
 
     void head() {
         const Step& s = step_;
-        const int64_t vocab = model_.head.outputs;
         if (s.num_logits == 0) return;
         norm(model_.norm, s.residual, s.logits_rows, s.num_logits, s.last_normed);
+        if (s.tokens && stack_.byte_head_.is_usable() && choose()) return;
+        const int64_t vocab = model_.head.outputs;
         share(kHead, [&](Next& next) {
-            multiply({model_.head, stack_.packed_, s.num_logits}, {vocab, false}, panel_, next, [](const Panel&) {},
+            multiply({model_.head, stack_.packed_, s.num_logits}, {vocab}, panel_, next, kNothing,
                      [&](const Result& result) { write_rows(result, s.logits, vocab); });
         });
+        if (!s.tokens) return;
+        tasks(kHead, s.num_logits, [&](int64_t row) { s.tokens[row] = argmax(s.logits + row * vocab, vocab); });
+    }
+
+    // The tokens alone; false if a row needs all of its logits.
+    bool choose() {
+        const Step& s = step_;
+        GreedyRows& rows = stack_.greedy_;
+        tasks(kHead, ceil_div(s.num_logits, kTile), [&](int64_t group) { rows.add(s.last_normed, group); });
+        share(kHead, [&](Next& next) { rows.screen(thread_, next); });
+        if (rows.any_left()) return false;
+        tasks(kHead, s.num_logits,
+              [&](int64_t row) { s.tokens[row] = rows.choose(model_.head, stack_.packed_, row, panel_); });
+        return true;
     }
 
     // Rows of the residual, all or chosen ones: normed into `out`, and packed.
@@ -220,9 +240,9 @@ class Stack::Worker {
         });
     }
 
-    // `finish` gets the whole result: base, update, output scale and bias.
+    // `finish` gets the whole result, as Result or as Sums: base, update, output scale and bias.
     template <typename Finish>
-    void linear(Phase phase, const StackedLinear& l, int64_t layer, const bf16* x, bool in_pairs, Finish&& finish) {
+    void linear(Phase phase, const StackedLinear& l, int64_t layer, const Panels& panels, Finish&& finish) {
         const Projection* const p = l.projections;
         const int64_t count = l.num_projections;
         const LoraPlan& lora = stack_.lora_;
@@ -233,24 +253,21 @@ class Stack::Worker {
                 if (update)
                     lora_update(lora, layer, p, count, stack_.natural_, l.weight.k, stack_.v_, update, outputs, next);
                 else
-                    lora_shrink<bf16>(lora, layer, p, count, x, stack_.natural_, l.weight.k, stack_.v_, next);
+                    lora_shrink<bf16>(lora, layer, p, count, nullptr, stack_.natural_, l.weight.k, stack_.v_, next);
             });
         }
-        const auto begin = [&](const Panel& panel) {
-            for (const Run& run : panel.runs()) {
-                if (!step_.num_segments || run.lo == run.hi) continue;
-                if (update)
-                    prefetch_update(rows_, update, outputs, run.lo, run.hi);
-                else
-                    lora_prefetch<bf16>(lora, layer, p, count, run.lo, run.hi);
-            }
+        constexpr bool of_rows = std::is_invocable_v<Finish, const Result&>;
+        ChunkUpdate chunks(lora, layer, p, count, stack_.v_);
+        const bool by_chunks = step_.num_segments && !update && !step_.output_scale && !l.bias;
+        const auto begin = [&](const Panel& panel, int64_t lo, int64_t hi, bool is_first) {
+            if (by_chunks) chunks.multiply(panel, lo, hi, is_first);
         };
-        const auto end = [&](const Result& result) {
+        const auto update_rows = [&](const Result& result) {
             for (const Run& run : result.panel.runs()) {
                 if (run.lo == run.hi) continue;
                 float* const y = result.y + run.place;
                 if (step_.num_segments && update)
-                    add_update(lora, p, count, update, outputs, y, kPanel, result.lo, result.hi, run.lo, run.hi);
+                    add_update(lora, update, outputs, y, kPanel, result.lo, result.hi, run.lo, run.hi);
                 else if (step_.num_segments)
                     lora_expand<bf16>(lora, layer, p, count, stack_.v_, y, kPanel, result.lo, result.hi, run.lo,
                                       run.hi);
@@ -259,11 +276,23 @@ class Stack::Worker {
                                        run.lo, run.hi);
                 if (l.bias) add_bias(l.bias, y, result.hi - result.lo, run);
             }
-            finish(result);
         };
-        share(phase, [&](Next& next) {
-            multiply({l.weight, stack_.packed_, rows_}, {outputs, in_pairs}, panel_, next, begin, end);
-        });
+        const auto end = [&](const Sums& sums) {
+            const bool is_updated = !(step_.num_segments || l.bias) || (by_chunks && chunks.add(sums));
+            if constexpr (!of_rows)
+                if (is_updated) return finish(sums);
+            alignas(64) float y[kChunk * kPanel];
+            to_rows(sums, y);
+            const Result result{sums.panel, sums.lo, sums.hi, y};
+            if (!is_updated) update_rows(result);
+            if constexpr (of_rows) {
+                finish(result);
+            } else {
+                from_rows(y, sums);
+                finish(sums);
+            }
+        };
+        share(phase, [&](Next& next) { multiply({l.weight, right_, rows_}, panels, panel_, next, begin, end); });
     }
 
     static void add_bias(const bf16* bias, float* y, int64_t rows, const Run& run) {
@@ -271,11 +300,11 @@ class Stack::Worker {
             for (int64_t n = run.lo; n < run.hi; ++n) y[row * kPanel + n - run.lo] += load(bias, n);
     }
 
-    void prefetch(const Weight& w, bool in_pairs) { prefetch_panel(w, {w.outputs, in_pairs}, thread_); }
+    void prefetch(const Weight& w, const Panels& panels) { prefetch_panel(w, panels, thread_); }
 
     template <typename Work>
     void tasks(Phase phase, int64_t count, Work&& work) {
-        share(phase, [&](Next& next) { each_task(next, count, work); });
+        share(phase, [&](Next& next) { each_task(next, count, is_from_back(thread_), work); });
     }
 
     template <typename Work>
@@ -292,12 +321,13 @@ class Stack::Worker {
         return duration_cast<nanoseconds>(steady_clock::now().time_since_epoch()).count();
     }
 
-    const Stack& stack_;
+    Stack& stack_;
     const Model& model_;
     const Step& step_;
     PhaseState* phase_;  // the next
     const int thread_;
     bf16* const panel_;
+    const bf16* right_ = stack_.packed_;  // what the next linear reads
     void* const scratch_;
     int64_t* const times_;  // of the thread that keeps time
     const int64_t rows_, width_;
@@ -310,12 +340,14 @@ inline int64_t Stack::num_bytes(const StepLimits& most) const {
     const int64_t of_thread = panel_size(widest()) * element + AttentionPlan::scratch_size(m.head_dim, columns);
     const int64_t shared = packed_size(std::max(most.rows, most.logits), widest()) * element +
                            packed_size(most.rows, widest()) * element +
+                           packed_size(most.rows, m.intermediate) * element +
                            std::min(most.rows, kSmallStep) * update_size() * static_cast<int64_t>(sizeof(float)) +
                            LoraPlan::v_bytes(most.rows, kMaxProjections, most.granules) +
                            LoraPlan::own_bytes(most.rows) + num_phases() * static_cast<int64_t>(sizeof(PhaseState)) +
                            AttentionPlan::own_bytes(m.heads, m.kv_heads, m.head_dim, most.rows, most.sequences,
                                                     most.context);
-    return num_threads * of_thread + shared + 6 * 64;  // and what aligns the buffers
+    return byte_head_.num_bytes() + GreedyRows::num_bytes(most.logits, m.hidden, num_threads) +
+           num_threads * of_thread + shared + 7 * 64;  // and what aligns the buffers
 }
 
 inline void Stack::run(const Step& step) {
@@ -327,16 +359,20 @@ inline void Stack::run(const Step& step) {
                       m.heads, cache_of(step), 0});
     const int64_t scratch_size = ceil_div(attention_.scratch_bytes, 64) * 64;
     char* const scratch = scratch_memory_.at_least(threads * scratch_size);
+    gated_ = gated_memory_.at_least(packed_size(step.rows, m.intermediate));
     if (step.num_segments) {
         lora_.build({step.arena,
                      {step.offset, step.scale, step.num_granules, step.table_layers, step.modules, step.granules},
                      step.segments, step.num_segments},
                     step.rows);
         natural_ = natural_memory_.at_least(packed_size(step.rows, widest));
-        const bool small = is_small(step.rows, step.num_segments, step.granules);
+        const bool small = is_small(lora_);
         update_ = small ? update_memory_.at_least(step.rows * update_size()) : nullptr;
         v_ = v_memory_.at_least(lora_.v_bytes(kMaxProjections));
     }
+    if (step.tokens && byte_head_.is_usable())
+        greedy_.build(byte_head_, step.num_logits, threads,
+                      greedy_memory_.at_least(GreedyRows::num_bytes(step.num_logits, m.hidden, threads)));
     if (!phases_) phases_.reset(new PhaseState[num_phases()]);
     for (int64_t i = 0; i < num_phases(); ++i) phases_[i].reset();
 #pragma omp parallel num_threads(threads)

@@ -13,9 +13,18 @@ namespace {
 class Stream {
   public:
     // What there is no place for is not asked for.
-    void push(const bf16* from, int64_t count) { push(from, count * sizeof(bf16), false); }
-    // What will be written.
-    void push(float* from, int64_t count) { push(from, count * sizeof(float), true); }
+    template <typename T>
+    void push(const T* from, int64_t count) {
+        const char* const at = reinterpret_cast<const char*>(from);
+        const int64_t bytes = count * static_cast<int64_t>(sizeof(T));
+        if (last_ > first_ && ranges_[last_ - 1].end == at)
+            ranges_[last_ - 1].end += bytes;
+        else if (last_ < kMost)
+            ranges_[last_++] = {at, at + bytes};
+        else
+            return;
+        bytes_ += bytes;
+    }
     // All in so many shares.
     void over(int64_t shares) { share_ = bytes_ / 64 / std::max<int64_t>(1, shares) + 1; }
     void share() { ask(share_); }
@@ -28,21 +37,13 @@ class Stream {
     static constexpr int kMost = 64, kIntoL2 = 2;  // `__builtin_prefetch` calls it locality
     struct Range {
         const char *at, *end;
-        bool is_written;
     };
-
-    void push(const void* from, int64_t bytes, bool is_written) {
-        if (last_ == kMost) return;
-        const char* const at = static_cast<const char*>(from);
-        ranges_[last_++] = {at, at + bytes, is_written};
-        bytes_ += bytes;
-    }
 
     void ask(int64_t lines) {
         while (lines > 0 && first_ < last_) {
             Range& range = ranges_[first_];
             for (; lines > 0 && range.at < range.end; --lines, range.at += 64)
-                range.is_written ? __builtin_prefetch(range.at, 1) : __builtin_prefetch(range.at, 0, kIntoL2);
+                __builtin_prefetch(range.at, 0, kIntoL2);
             if (range.at >= range.end) ++first_;
         }
     }

@@ -85,8 +85,9 @@ def build_input(rows: Seq[Scheduled], memory: DeviceMemory) -> DecoderInput:
 def _slots(row: Scheduled) -> list[int]:
     """One entry a token."""
     first, last = row.start, row.start + row.num_tokens - 1
-    if slot_at(row.sequence, first) == slot_at(row.sequence, last):
-        return [slot_at(row.sequence, first)] * row.num_tokens
+    slot = slot_at(row.sequence, first)
+    if first == last or slot == slot_at(row.sequence, last):
+        return [slot] * row.num_tokens
     return [slot_at(row.sequence, position) for position in range(first, last + 1)]
 
 

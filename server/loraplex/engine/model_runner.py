@@ -13,7 +13,7 @@ from torch import Tensor
 from loraplex.adapters.packing import PackedAdapter, Placed, blended
 from loraplex.engine.batch import DeviceMemory, build_input
 from loraplex.engine.graphs import Capture, DecodeGraphs, capture_on_cuda
-from loraplex.engine.sampler import sample
+from loraplex.engine.sampler import confirm, is_greedy, sample
 from loraplex.engine.sequence import SamplingParams, Sequence, StopParams
 from loraplex.engine.step import Drawn, Scheduled
 from loraplex.engine.transfer import copier_for
@@ -110,11 +110,10 @@ class ModelRunner:
     def _trial_steps(self) -> None:
         size = self._memory.block_tokens
         room = min(self._max_rows, len(self._blocks) * size)
-        for num_tokens in (1, 2, LONG_TILE_ROWS + 1):
+        for num_tokens, temperature in ((1, 1.0), (1, 0.0), (2, 1.0), (LONG_TILE_ROWS + 1, 1.0)):
             num_tokens = min(num_tokens, room)
-            sequence = Sequence(
-                "warm-up", [0] * num_tokens, SamplingParams(), StopParams(1), slot=0
-            )
+            sampling = SamplingParams(temperature=temperature)
+            sequence = Sequence("warm-up", [0] * num_tokens, sampling, StopParams(1), slot=0)
             sequence.block_table = list(range(-(-num_tokens // size)))
             self.run([Scheduled(sequence, 0, num_tokens, samples=True)])
 
@@ -128,14 +127,21 @@ class ModelRunner:
         if torch.get_num_threads() != self._num_threads:
             # Torch counts by thread, and gives a new one what any thread was last told to use.
             torch.set_num_threads(self._num_threads)
+        sampling = [row for row in rows if row.samples]
         with torch.inference_mode():
             logits = None if self._graphs is None else self._graphs.run(rows)
             if logits is None:
-                logits = self._forward(build_input(rows, self._memory))
-            return sample(logits, [row for row in rows if row.samples])
+                step = build_input(rows, self._memory)
+                if is_greedy(sampling) and self._decoder.chooses(step, self._ops):
+                    return confirm(self._choose(step).tolist(), sampling)
+                logits = self._forward(step)
+            return sample(logits, sampling)
 
     def _forward(self, step: DecoderInput) -> Tensor:
         return self._decoder.forward(step, self._kv_cache, self._ops, self._activations)
+
+    def _choose(self, step: DecoderInput) -> Tensor:
+        return self._decoder.choose(step, self._kv_cache, self._ops, self._activations)
 
     def copy_adapter(self, packed: PackedAdapter, blocks: Seq[int]) -> None:
         """Weights into blocks that no step reads yet; may run on any thread."""

@@ -54,6 +54,27 @@ def sample(logits: Tensor, rows: Seq[Scheduled]) -> list[Drawn]:
         Sampled(token, logprobs.get(at)) if math.isfinite(total) else None
         for at, (token, total) in enumerate(zip(tokens.tolist(), sums.tolist(), strict=True))
     ]
+    return _of_rows(sampled, rows)
+
+
+def is_greedy(rows: Seq[Scheduled]) -> bool:
+    """Whether the largest logits' tokens are all that there is to know."""
+    for row in rows:
+        sampling, stop = row.sequence.sampling, row.sequence.stop
+        if sampling.temperature > 0 or sampling.has_penalties or sampling.num_logprobs is not None:
+            return False
+        if stop.stop_token_ids and len(row.sequence.output_token_ids) < stop.min_tokens:
+            return False
+    return True
+
+
+def confirm(tokens: Seq[int], rows: Seq[Scheduled]) -> list[Drawn]:
+    """As `sample`, from the largest logits' tokens; -1: not finite. The rows are greedy."""
+    return _of_rows([Sampled(token) if token >= 0 else None for token in tokens], rows)
+
+
+def _of_rows(sampled: Seq[Sampled | None], rows: Seq[Scheduled]) -> list[Drawn]:
+    """From what there is for each line."""
     drawn, at = [], 0
     for row in rows:
         drawn.append(_confirmed(sampled[at : at + 1 + len(row.drafts)], row.drafts))

@@ -154,6 +154,25 @@ class Decoder:
             add_to_logits_(work.logits, work.last_normed, batch.vocabulary)
         return work.logits
 
+    def chooses(self, batch: DecoderInput, ops: Ops) -> bool:
+        """Whether `choose` does this pass, quicker than `forward`."""
+        return batch.vocabulary is None and self.fused(ops) is not None
+
+    def choose(
+        self, batch: DecoderInput, kv_cache: Tensor, ops: Ops, memory: Activations
+    ) -> Tensor:
+        """Of each row that `forward` has logits for, the token of the largest: int64 `[rows]`.
+
+        The first of equal ones; -1 where a logit is not finite.
+        """
+        work = memory.first(len(batch.token_ids), len(batch.logits_rows))
+        self._embed(batch, work)
+        fused = self.fused(ops)
+        assert fused is not None
+        tokens = torch.empty(len(work.logits), dtype=torch.int64, device=work.logits.device)
+        fused.run(_stack_step(batch, kv_cache, work, tokens))
+        return tokens
+
     def fused(self, ops: Ops) -> LayerStack | None:
         """All layers as one op of these ops, where they have it."""
         if self._fused is None or self._fused[0] is not ops:
@@ -217,7 +236,9 @@ class Decoder:
         )
 
 
-def _stack_step(batch: DecoderInput, kv_cache: Tensor, work: Activations) -> StackStep:
+def _stack_step(
+    batch: DecoderInput, kv_cache: Tensor, work: Activations, tokens: Tensor | None = None
+) -> StackStep:
     return StackStep(
         residual=work.residual,
         cos=work.cos,
@@ -230,7 +251,7 @@ def _stack_step(batch: DecoderInput, kv_cache: Tensor, work: Activations) -> Sta
         normed=work.normed,
         qkv=work.qkv,
         attended=work.attended,
-        gated=work.gated,
         last_normed=work.last_normed,
         logits=work.logits,
+        tokens=tokens,
     )

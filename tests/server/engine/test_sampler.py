@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from loraplex.engine.draw import uniform_at
-from loraplex.engine.sampler import sample
+from loraplex.engine.sampler import confirm, is_greedy, sample
 from loraplex.engine.sequence import SamplingParams, Sequence, StopParams
 from loraplex.engine.step import Drawn, Scheduled
 from torch import Tensor
@@ -258,6 +258,36 @@ def test_what_is_not_finite_behind_a_draft_is_left_to_its_own_step() -> None:
     rows = [Scheduled(sequence(GREEDY, OUTPUT), 7, 3, True, (4, 4))]
     ((only,),) = sample(logits, rows)
     assert only.token_id == 4
+
+
+@pytest.mark.parametrize(
+    ("sampling", "stop", "expected"),
+    [
+        (GREEDY, StopParams(9), True),
+        (GREEDY, StopParams(9, min_tokens=8), True),
+        (GREEDY, StopParams(9, min_tokens=4, stop_token_ids=frozenset({2})), True),
+        (GREEDY, StopParams(9, min_tokens=5, stop_token_ids=frozenset({2})), False),
+        (SamplingParams(temperature=0.1), StopParams(9), False),
+        (replace(GREEDY, presence_penalty=0.5), StopParams(9), False),
+        (replace(GREEDY, num_logprobs=0), StopParams(9), False),
+    ],
+)
+def test_what_is_greedy(sampling: SamplingParams, stop: StopParams, expected: bool) -> None:
+    rows = [
+        Scheduled(sequence(*each), 7, 1, True)
+        for each in ((GREEDY, OUTPUT), (sampling, OUTPUT, stop))
+    ]
+    assert is_greedy(rows) == expected
+
+
+def test_tokens_of_a_greedy_step() -> None:
+    """With drafts: as many as were drawn. Not finite: none from there on."""
+    rows = [
+        Scheduled(sequence(GREEDY, OUTPUT), 7, 1 + len(drafts), True, drafts)
+        for drafts in ((4, 5), (4, 6), (4, 4), ())
+    ]
+    drawn = confirm([4, 5, 6, 4, 5, 7, 4, -1, 8, -1], rows)
+    assert [[each.token_id for each in row] for row in drawn] == [[4, 5, 6], [4, 5], [4], []]
 
 
 def test_a_step_in_which_nobody_samples() -> None:

@@ -42,7 +42,9 @@ MAX_ROWS = 8
 class TinyLlama:
     """Mutable: the arena. `free` blocks are NaN until somebody takes them."""
 
-    def __init__(self, dtype: torch.dtype, num_blocks: int, max_slots: int) -> None:
+    def __init__(
+        self, dtype: torch.dtype, num_blocks: int, max_slots: int, is_packed: bool = False
+    ) -> None:
         self.rng = torch.Generator().manual_seed(0)
         self.dtype = dtype
         self.block = block_shape(CONFIG, dtype, dtype)
@@ -54,6 +56,7 @@ class TinyLlama:
         )
         self.tables = AdapterTables(max_slots, CONFIG.num_layers, len(MODULES), MAX_RANK, CPU)
         self.activations = Activations.allocate(CONFIG, dtype, CPU, MAX_ROWS, MAX_ROWS)
+        self._is_packed = is_packed  # the weights have no dense copy
         self.decoder = self._decoder()
 
     def memory(self, with_tiles: bool) -> DeviceMemory:
@@ -134,7 +137,7 @@ class TinyLlama:
         weight = nf4.quantize(self._random(height, width) / width**0.5)
         columns = [sum(out for out, _ in shapes[:index]) for index in range(len(shapes))]
         return Linear(
-            BaseWeight(weight, weight.dequantize().to(self.dtype)),
+            BaseWeight(weight, None if self._is_packed else weight.dequantize().to(self.dtype)),
             self._random(height).to(self.dtype) if bias else None,
             tuple(
                 Projection(module, column, out)
