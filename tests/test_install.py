@@ -129,4 +129,4 @@ def test_without_extras_a_server_names_the_missing_one(command: str, bare: Bare)
     assert (ended.returncode, ended.stdout) == (1, "")
     assert ended.stderr.count("\n") == 1
     assert ended.stderr.startswith("loraplex: this command runs a server, which needs ")
-    assert ended.stderr.endswith(": pip install 'loraplex[server]'\n")
+    assert ended.stderr.endswith(": pip install '.[server]' in the clone of Loraplex\n")

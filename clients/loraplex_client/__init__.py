@@ -23,7 +23,7 @@ from loraplex_client.errors import (
     Unimplemented,
     UnknownError,
 )
-from loraplex_client.upload import RetryPolicy
+from loraplex_client.upload import OnRetry, Progress, RetryPolicy
 from loraplex_client.values import (
     Adapter,
     AdapterState,
@@ -46,6 +46,7 @@ from loraplex_client.values import (
     UsedAdapter,
     Visibility,
 )
+from loraplex_client.wire import ChatOptions, GenerateOptions, Message
 
 __all__ = [
     "Aborted",
@@ -55,6 +56,7 @@ __all__ = [
     "AlreadyExists",
     "AsyncClient",
     "Cancelled",
+    "ChatOptions",
     "Client",
     "Completion",
     "DataLoss",
@@ -64,12 +66,16 @@ __all__ = [
     "FailedPrecondition",
     "FinishReason",
     "Finished",
+    "GenerateOptions",
     "InternalError",
     "InvalidArgument",
     "LoraplexError",
+    "Message",
     "NotFound",
+    "OnRetry",
     "OutOfRange",
     "PermissionDenied",
+    "Progress",
     "Residency",
     "ResourceExhausted",
     "RetryPolicy",

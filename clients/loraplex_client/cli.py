@@ -17,10 +17,11 @@ from loraplex_client import cli_adapters, cli_chat, cli_generate
 from loraplex_client.cli_options import (
     UsageError,
     add_connection,
+    add_logprobs,
     add_sampling,
     blend_weights,
 )
-from loraplex_client.errors import LoraplexError, ServerUnreachable
+from loraplex_client.errors import DeadlineExceeded, LoraplexError, ServerUnreachable
 from loraplex_client.render import one_line
 
 Command = Callable[[argparse.Namespace], int]
@@ -72,7 +73,13 @@ def _add_generate(subparsers: Subparsers, environ: Mapping[str, str]) -> None:
         action="store_true",
         help="put the prompt through the chat template, as a user's message",
     )
+    parser.add_argument(
+        "--adapter-version",
+        metavar="VERSION",
+        help="with --adapter: fail unless this is its version now (adapters show NAME tells it)",
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object a line for each event")
+    add_logprobs(parser)
     add_sampling(parser)
     add_connection(parser, environ)
     parser.set_defaults(func=cli_generate.run)
@@ -157,18 +164,45 @@ def run(func: Command, args: argparse.Namespace, expected: tuple[type[Exception]
 # What can be done about it, in the words of these commands.
 _HINTS: Mapping[str | None, str] = {
     "ADAPTER_EXISTS": "here: --replace",
-    "ETAG_MISMATCH": "its etag now: loraplex adapters show NAME",
-    "PINS_EXCEED_MEMORY": "unpin another adapter first, or serve with more --memory",
+    "ADAPTER_NOT_FOUND": "those that there are: loraplex adapters list",
     "UPLOAD_IN_PROGRESS": "try again when that one has ended",
     "UPLOAD_TAKEN_OVER": "the same folder is being uploaded by another command, which goes on",
 }
 
 
-def _describe(error: Exception, expected: tuple[type[Exception], ...]) -> str:
+def _hint(error: LoraplexError) -> str | None:
     if isinstance(error, ServerUnreachable):
-        return f"{error} (start one with: loraplex serve)"
-    if isinstance(error, LoraplexError) and error.reason in _HINTS:
-        return f"{error} ({_HINTS[error.reason]})"
+        return _hint_of_unreachable(error)
+    if isinstance(error, DeadlineExceeded) and error.reason is None:
+        return "--timeout"
+    if error.reason == "ETAG_MISMATCH":
+        is_there = "does not exist" not in error.message
+        return (
+            "its etag now: loraplex adapters show NAME"
+            if is_there
+            else "to make it, leave --if-match out"
+        )
+    if error.reason == "PINS_EXCEED_MEMORY":
+        option = "--max-slots" if "--max-slots" in error.message else "--memory"
+        return f"unpin another adapter first, or serve with more {option}"
+    if error.reason in _HINTS:
+        return _HINTS[error.reason]
+    if error.retry_after is not None:
+        return f"try again in {error.retry_after:.3g} s"
+    return None
+
+
+def _hint_of_unreachable(error: ServerUnreachable) -> str | None:
+    if error.message.startswith("no server"):
+        return "start one with: loraplex serve"
+    if "handshake" in error.message or "Socket closed" in error.message:
+        return "does TLS match? --tls or --tls-ca for a server with --tls-cert, neither for others"
+    return None
+
+
+def _describe(error: Exception, expected: tuple[type[Exception], ...]) -> str:
+    if isinstance(error, LoraplexError) and (hint := _hint(error)) is not None:
+        return f"{error} ({hint})"
     if isinstance(error, (LoraplexError, *expected)):
         return str(error)
     if isinstance(error, UnicodeError):

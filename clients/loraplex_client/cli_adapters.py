@@ -5,6 +5,7 @@ import sys
 from datetime import UTC, datetime
 
 from loraplex_client.cli_options import connect
+from loraplex_client.errors import DeadlineExceeded, LoraplexError, Unavailable
 from loraplex_client.render import (
     ago,
     human_bytes,
@@ -15,6 +16,7 @@ from loraplex_client.render import (
     write_pairs,
     write_table,
 )
+from loraplex_client.upload import OnRetry
 from loraplex_client.values import Adapter, Residency, UploadResult
 
 EPILOG = """\
@@ -32,15 +34,29 @@ hour.
 """
 
 
+_KEPT = "what arrived is kept for an hour: the same command goes on from there\n"
+
+
 def _say(text: str) -> None:
     sys.stdout.write(one_line(text) + "\n")
 
 
 def upload(args: argparse.Namespace) -> int:
+    retries: list[LoraplexError] = []
+
+    def on_retry(error: LoraplexError, number: int, of: int) -> None:
+        retries.append(error)
+        sys.stderr.write(f"loraplex: {one_line(str(error))}; trying again ({number} of {of})\n")
+        sys.stderr.flush()
+
     try:
-        result = _upload(args)
+        result = _upload(args, on_retry)
     except KeyboardInterrupt:
-        sys.stderr.write("what was sent is kept for an hour: the same command goes on from there\n")
+        sys.stderr.write(_KEPT)
+        raise
+    except (Unavailable, DeadlineExceeded):
+        if retries:
+            sys.stderr.write(_KEPT)
         raise
     for warning in result.warnings:
         sys.stderr.write(f"loraplex: warning: {one_line(warning)}\n")
@@ -56,7 +72,7 @@ def upload(args: argparse.Namespace) -> int:
     return 0
 
 
-def _upload(args: argparse.Namespace) -> UploadResult:
+def _upload(args: argparse.Namespace, on_retry: OnRetry) -> UploadResult:
     with connect(args) as client, progress_bar(f"uploading {args.name}", sys.stderr) as progress:
         return client.upload_adapter(
             args.name,
@@ -64,6 +80,7 @@ def _upload(args: argparse.Namespace) -> UploadResult:
             args.replace,
             progress,
             if_match_etag=args.if_match,
+            on_retry=on_retry,
             timeout=args.timeout,
         )
 

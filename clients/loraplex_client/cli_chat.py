@@ -7,9 +7,9 @@ from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from typing import TextIO
 
-from loraplex_client.cli_options import UsageError, connect, sampling_of
+from loraplex_client.cli_options import connect, sampling_of
 from loraplex_client.client import Client
-from loraplex_client.errors import LoraplexError
+from loraplex_client.errors import InvalidArgument, LoraplexError, NotFound
 from loraplex_client.render import one_line, write
 from loraplex_client.values import Delta
 from loraplex_client.wire import GenerateOptions
@@ -32,11 +32,12 @@ HELP = "/adapter NAME switches (/adapter alone: the base), /reset forgets, /quit
 
 @dataclass(slots=True)
 class Chat:
-    """One conversation. `history` and `adapter_id` change as it goes on.
+    """One conversation. `history` and `adapter_id` change as it goes on, and `refused`, whether
+    an /adapter of a script was.
 
     `read` gives the next line and raises EOFError after the last, as input() does. With a person
     at the other end (`interactive`) an error is shown and the talk goes on, and Ctrl-C stops an
-    answer; in a script both end it.
+    answer; in a script both end it. An /adapter that is refused leaves the one before in either.
     """
 
     client: Client
@@ -49,6 +50,7 @@ class Chat:
     timeout: float | None = None
     options: GenerateOptions = field(default_factory=GenerateOptions)
     history: list[Mapping[str, object]] = field(default_factory=list)
+    refused: bool = False
 
     def run(self) -> None:
         self._begin()
@@ -94,10 +96,18 @@ class Chat:
             self._ask(line)
 
     def _switch(self, adapter_id: str) -> None:
-        if adapter_id:
-            self.client.get_adapter(adapter_id, timeout=self.timeout)
+        try:
+            if adapter_id:
+                self.client.get_adapter(adapter_id, timeout=self.timeout)
+        except (NotFound, InvalidArgument) as error:
+            self.refused = not self.interactive
+            self._note(f"{error}; still {self._talks_with()}")
+            return
         self.adapter_id = adapter_id
-        self._note(f"now {adapter_id or 'the bare base model'}")
+        self._note(f"now {self._talks_with()}")
+
+    def _talks_with(self) -> str:
+        return self.adapter_id or "the bare base model"
 
     def _ask(self, text: str) -> None:
         """One turn. A failed one leaves no trace in the history; a stopped one what was said."""
@@ -150,11 +160,9 @@ def _editing_input() -> Callable[[str], str]:
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.logprobs is not None:
-        raise UsageError("--logprobs are for generate --json")
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     with connect(args) as client:
-        Chat(
+        chat = Chat(
             client,
             read=_editing_input() if interactive else _read_line,
             out=sys.stdout,
@@ -164,5 +172,6 @@ def run(args: argparse.Namespace) -> int:
             system=args.system,
             timeout=args.timeout,
             options=sampling_of(args),
-        ).run()
-    return 0
+        )
+        chat.run()
+    return 1 if chat.refused else 0

@@ -7,7 +7,8 @@ from contextlib import closing
 from typing import TextIO
 
 from loraplex_client.cli_options import UsageError, connect, sampling_of
-from loraplex_client.render import event_json, write, write_json
+from loraplex_client.errors import LoraplexError
+from loraplex_client.render import error_json, event_json, write, write_json
 from loraplex_client.values import Delta, Event
 
 EPILOG = """\
@@ -23,10 +24,13 @@ examples:
 def run(args: argparse.Namespace) -> int:
     if args.logprobs is not None and not args.json:
         raise UsageError("--logprobs are shown with --json only")
+    if args.adapter_version and not args.adapter:
+        raise UsageError("--adapter-version goes with --adapter")
     prompt = _from_stdin() if args.prompt == "-" else args.prompt
     messages = [{"role": "user", "content": prompt}] if args.chat else None
     options = sampling_of(args)
     options["blend"] = args.blend
+    options["adapter_version"] = args.adapter_version
     with (
         connect(args) as client,
         closing(
@@ -49,7 +53,7 @@ def _from_stdin() -> str:
 
 
 def _show_all(events: Iterable[Event], as_json: bool, out: TextIO) -> None:
-    """JSON lines, or the text alone; its last line is ended even when the answer breaks off."""
+    """JSON lines, an error among them, or the text alone, whose last line is always ended."""
     last = "\n"
     try:
         for event in events:
@@ -58,6 +62,10 @@ def _show_all(events: Iterable[Event], as_json: bool, out: TextIO) -> None:
             elif isinstance(event, Delta) and event.text:
                 write(event.text, out)
                 last = event.text
+    except LoraplexError as error:
+        if as_json:
+            write_json(error_json(error), out)
+        raise
     finally:
         if not last.endswith("\n"):
             write("\n", out)

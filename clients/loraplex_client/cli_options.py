@@ -29,14 +29,19 @@ def _number(
 
 
 _FLOAT_MAX = 3.4e38
+_COUNT = _number(int, 1, 2**32 - 1, "a whole number of at least 1")
 _UINT32 = _number(int, 0, 2**32 - 1, "a whole number of at least 0")
 _INT32 = _number(int, -(2**31), 2**31 - 1, "a whole number from -2^31 to 2^31 - 1")
 _UINT64 = _number(int, 0, 2**64 - 1, "a whole number from 0 to 2^64 - 1")
 _FLOAT = _number(float, -_FLOAT_MAX, _FLOAT_MAX, "a number")
-_SECONDS = _number(float, 0.001, 10**9, "a positive number of seconds")
+_SECONDS = _number(float, 0.001, 10**9, "a number of seconds of at least 0.001")
 
 
 def _target(text: str) -> str:
+    scheme, separator, _ = text.partition("://")
+    if separator and scheme in ("http", "https"):
+        secure = " (--tls is for a server that has --tls-cert)" if scheme == "https" else ""
+        raise argparse.ArgumentTypeError(f"{text!r} must be HOST:PORT, without {scheme}://{secure}")
     if ":" not in text:
         raise argparse.ArgumentTypeError(f"{text!r} is not HOST:PORT")
     return text
@@ -86,11 +91,11 @@ def connect(args: argparse.Namespace) -> Client:
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
-    """A flag for every field of SamplingParams, StopParams and OutputOptions, and the priority."""
+    """A flag for every field of SamplingParams and StopParams, and the priority."""
     length = parser.add_argument_group("length")
     length.add_argument(
         "--max-tokens",
-        type=_UINT32,
+        type=_COUNT,
         metavar="N",
         help="at most so many tokens (default: what the context leaves, often thousands)",
     )
@@ -121,6 +126,16 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_logprobs(parser: argparse.ArgumentParser) -> None:
+    """The one field of OutputOptions, for a command that has --json."""
+    parser.add_argument(
+        "--logprobs",
+        type=_UINT32,
+        metavar="N",
+        help="with --json: log probabilities, and the N likeliest tokens",
+    )
+
+
 def _add_drawing(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("sampling", "unset: as the model's own configuration says")
     for flag, parse, name, text in (
@@ -132,7 +147,6 @@ def _add_drawing(parser: argparse.ArgumentParser) -> None:
         ("--presence-penalty", _FLOAT, "X", "once for each token the answer has; 0 is off"),
         ("--frequency-penalty", _FLOAT, "X", "for each time the answer has it; 0 is off"),
         ("--seed", _UINT64, "S", "the same seed gives the same answer"),
-        ("--logprobs", _UINT32, "N", "with --json: log probabilities, and the N likeliest tokens"),
     ):
         group.add_argument(flag, type=parse, metavar=name, help=text)
 
@@ -148,5 +162,5 @@ def sampling_of(args: argparse.Namespace) -> GenerateOptions:
     """What was said on the command line; the rest is None, the server's to choose."""
     options: GenerateOptions = {"priority": args.priority}
     for name in _FIELDS:
-        options[name] = getattr(args, name)  # type: ignore[literal-required]
+        options[name] = getattr(args, name, None)  # type: ignore[literal-required]
     return options

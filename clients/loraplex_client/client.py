@@ -23,6 +23,7 @@ from loraplex_client.transfer import Transfer
 from loraplex_client.upload import (
     DEFAULT_RETRY,
     Deadline,
+    OnRetry,
     Progress,
     RetryPolicy,
     Tries,
@@ -56,6 +57,7 @@ class Client:
         self._target = target
         self._token = checked_token(token)
         self._retry = retry
+        self._closed = False
         self._channel = sync_channel(target, tls)
         self._inference, self._adapters = stubs(self._channel)
 
@@ -75,7 +77,12 @@ class Client:
 
     def close(self) -> None:
         """Ends the connection and every call on it."""
+        self._closed = True
         self._channel.close()
+
+    def _require_open(self) -> None:
+        if self._closed:  # gRPC's own error would speak of a channel
+            raise ValueError(f"{self!r} is closed")
 
     def stream(
         self,
@@ -89,7 +96,8 @@ class Client:
     ) -> Generator[Event, None, None]:
         """Yields Started, Deltas as they come, Finished. Closing the generator cancels the request.
 
-        The request is sent when the first event is asked for.
+        The request is sent when the first event is asked for. `options` are those of
+        `GenerateOptions`.
         """
         request = wire.generate_request(prompt, adapter_id, messages, token_ids, options)
         return self._events(request, timeout)
@@ -97,16 +105,19 @@ class Client:
     def _events(
         self, request: inference_pb2.GenerateRequest, timeout: float | None
     ) -> Generator[Event, None, None]:
+        self._require_open()
         call = self._inference.Generate(
             request, timeout=timeout, metadata=wire.metadata(self._token, request.adapter_id)
         )
+        num_tokens = 0
         try:
             for response in call:
+                num_tokens += len(response.delta.token_ids)
                 event = wire.event_of(response)
                 if event is not None:
                     yield event
         except grpc.RpcError as error:
-            raise from_rpc_error(error, self._target) from error
+            raise from_rpc_error(error, self._target, num_tokens) from error
         finally:
             call.cancel()
 
@@ -120,7 +131,7 @@ class Client:
         timeout: float | None = None,
         **options: Unpack[GenerateOptions],
     ) -> Completion:
-        """The whole answer at once."""
+        """The whole answer at once; `options` are those of `GenerateOptions`."""
         request = wire.generate_request(prompt, adapter_id, messages, token_ids, options)
         with closing(self._events(request, timeout)) as events:
             return wire.completion_of(events)
@@ -149,18 +160,20 @@ class Client:
         progress: Progress | None = None,
         *,
         if_match_etag: str | None = None,
+        on_retry: OnRetry | None = None,
         timeout: float | None = None,
     ) -> UploadResult:
         """Sends a PEFT folder; when this returns, the adapter is durable and usable.
 
         A name that holds other content is refused, unless `replace` says so, or `if_match_etag`
         is still the name's etag. A broken connection goes on where it broke, a bounded number of
-        times; so does a new call with the same folder. `progress` is called on gRPC's sending
-        thread, one call at a time.
+        times, each told to `on_retry`; so does a new call with the same folder. `progress` is
+        called on gRPC's sending thread, one call at a time.
         """
+        self._require_open()
         deadline = Deadline.after(timeout)
         upload = prepare(adapter_id, path, replace, if_match_etag)
-        tries = Tries(upload, self._retry, deadline)
+        tries = Tries(upload, self._retry, deadline, on_retry)
         while True:
             try:
                 return Transfer(
@@ -224,6 +237,7 @@ class Client:
         timeout: float | None,
         adapter_id: str = "",
     ) -> Any:
+        self._require_open()
         try:
             return method(request, timeout=timeout, metadata=wire.metadata(self._token, adapter_id))
         except grpc.RpcError as error:

@@ -139,10 +139,15 @@ _BY_CODE: Mapping[StatusCode, type[LoraplexError]] = {
 }
 
 
-def from_rpc_error(error: grpc.RpcError, target: str) -> LoraplexError:
-    """The error of a failed call to `target`; sync and async calls fail with the same shape."""
+def from_rpc_error(error: grpc.RpcError, target: str, num_tokens: int = 0) -> LoraplexError:
+    """The error of a failed call to `target`; sync and async calls fail with the same shape.
+
+    `num_tokens` had come of its answer.
+    """
     call = cast(grpc.Call, error)
     code, details, status = call.code(), call.details() or "", _rich_status(call)
+    if status is None and code is StatusCode.DEADLINE_EXCEEDED and num_tokens:
+        return DeadlineExceeded(f"stopped by the timeout after {num_tokens} tokens")
     if status is None:
         return _from_transport(code, details, target)
     facts = _facts(status)
@@ -198,7 +203,11 @@ def _from_transport(code: StatusCode, details: str, target: str) -> LoraplexErro
 
 def _last_error(details: str) -> str:
     """`..last error: UNKNOWN: ipv4:127.0.0.1:1: why` -> `why`."""
-    return re.sub(r"^.*last error: \w+: (\S+: )?", "", details)
+    error = re.sub(r"^.*last error: \w+: (\S+: )?", "", details)
+    # Of the TLS library's words those that say something.
+    return re.sub(
+        r"^Tls handshake failed.*:([A-Z_]+.*?)(: OK)?$", r"TLS handshake failed: \1", error
+    )
 
 
 def _words(code: StatusCode) -> str:

@@ -13,6 +13,7 @@ from dataclasses import fields, is_dataclass
 from datetime import datetime
 from typing import Any, TextIO
 
+from loraplex_client.errors import LoraplexError
 from loraplex_client.values import Event
 
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and line feed
@@ -54,6 +55,16 @@ def write_json(value: object, out: TextIO) -> None:
 
 def event_json(event: Event) -> dict[str, Any]:
     return {"event": type(event).__name__.lower(), **plain(event)}
+
+
+def error_json(error: LoraplexError) -> dict[str, Any]:
+    return {
+        "event": "error",
+        "code": error.code.name,
+        "reason": error.reason,
+        "message": error.message,
+        "retry_after": error.retry_after,
+    }
 
 
 def human_bytes(count: int) -> str:

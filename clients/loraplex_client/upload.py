@@ -25,6 +25,10 @@ Progress = Callable[[int, int], None]
 """Called with (sent_bytes, total_bytes), from where the upload begins: 0, or what the server has.
 When it starts again, it goes back to that."""
 
+OnRetry = Callable[[LoraplexError, int, int], None]
+"""Called with (error, number, of) before the wait for the next try: it is retry `number` of at most
+so many in a row that get no further."""
+
 MAX_CONFIG_BYTES = 64 << 10
 
 _NAMESPACE = uuid.uuid5(uuid.NAMESPACE_URL, "loraplex:upload")
@@ -158,10 +162,17 @@ class Tries:
     further; `_furthest`, the most that the server ever had; `_reached`, whether there is a server.
     """
 
-    def __init__(self, upload: Upload, policy: RetryPolicy, deadline: Deadline) -> None:
+    def __init__(
+        self,
+        upload: Upload,
+        policy: RetryPolicy,
+        deadline: Deadline,
+        on_retry: OnRetry | None = None,
+    ) -> None:
         self.upload = upload
         self._policy = policy
         self._deadline = deadline
+        self._on_retry = on_retry
         self._failures = 0
         self._corrections = 0
         self._furthest = 0
@@ -176,7 +187,10 @@ class Tries:
             return None
         self._reached = self._reached or not isinstance(error, ServerUnreachable)
         self._failures += 1
-        return self._policy.delay(self._failures, error, self._deadline.remaining())
+        delay = self._policy.delay(self._failures, error, self._deadline.remaining())
+        if delay is not None and self._on_retry is not None:
+            self._on_retry(error, self._failures, len(self._policy.delays))
+        return delay
 
     def _go_on_from(self, committed: int) -> float | None:
         """At once: the server only said where it stands. Offsets that go nowhere are given up."""

@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any, TypedDict, TypeVar
 
+from google.protobuf.message import Message as Protobuf
 from google.protobuf.timestamp_pb2 import Timestamp
 from loraplex_protos.v1 import adapters_pb2, inference_pb2
 
@@ -33,12 +34,19 @@ from loraplex_client.values import (
     Visibility,
 )
 
+_M = TypeVar("_M", bound=Protobuf)
+
 Message = Mapping[str, object]
 """One turn of a chat: role, content, and optionally name, tool_call_id, tool_calls."""
 
 
 class ChatOptions(TypedDict, total=False):
-    """How a chat is rendered through the model's template; only beside `messages`."""
+    """How a chat is rendered through the model's template; only beside `messages`.
+
+    tools                   definitions of tools, as the template takes them
+    template_kwargs         further variables for the template
+    add_generation_prompt   end with the head of the assistant's turn; unset: yes
+    """
 
     tools: Sequence[Mapping[str, object]] | None
     template_kwargs: Mapping[str, object] | None
@@ -46,7 +54,36 @@ class ChatOptions(TypedDict, total=False):
 
 
 class GenerateOptions(ChatOptions, total=False):
-    """Every further keyword of `stream` and `complete`, by its proto name; None is "not set"."""
+    """Every further keyword of `stream` and `complete`, by its proto name; None is "not set".
+
+    The call:
+    request_id              1 to 64 of [A-Za-z0-9._-]; unset: the server makes one
+    adapter_version         fail unless this is the adapter's version now
+    blend                   2 to 8 adapters and their weights, instead of adapter_id
+    priority                where requests wait, the higher goes first; unset: 0
+
+    How tokens are drawn; unset: as the model's own generation_config.json says:
+    temperature             0: always the most likely token
+    top_p                   in (0, 1]: only the most likely tokens that together hold so much
+    top_k                   only so many most likely tokens; 0: all
+    min_p                   in [0, 1]: only tokens at least so many times as likely as the likeliest
+    repetition_penalty      over prompt and answer, in [1e-6, 1e6]; 1: none
+    presence_penalty        once for a token that the answer has, in [-2, 2]; 0: none
+    frequency_penalty       for each time that the answer has it, in [-2, 2]; 0: none
+    seed                    0 to 2^64 - 1: the same gives the same answer; unset: a random one
+
+    How long:
+    max_tokens              tokens, at least 1; unset: what the context leaves
+    min_tokens              tokens before which nothing stops the answer
+    stop                    the answer ends before this text, or one of up to 16; 256 bytes each
+    stop_token_ids          the answer ends with such a token
+    ignore_eos              go on past the model's own end of text
+
+    logprobs                for each token its log probability and so many likeliest ones', 0 to 20;
+                            unset: none
+
+    The chat: see ChatOptions.
+    """
 
     request_id: str | None
     adapter_version: str | None
@@ -110,21 +147,33 @@ def generate_request(
     if "blend" in chosen:
         chosen["blend"] = _blend(chosen["blend"])
     parts = {name: _take(chosen, _fields(part)) for name, part in _PARTS.items()}
-    return inference_pb2.GenerateRequest(
+    return _made(
+        inference_pb2.GenerateRequest,
         adapter_id=adapter_id,
         **_prompt_fields(prompt, messages, token_ids, _take(chosen, _CHAT_FIELDS)),
-        **{name: _PARTS[name](**fields) for name, fields in parts.items() if fields},
+        **{name: _made(_PARTS[name], **fields) for name, fields in parts.items() if fields},
         **_take(chosen, _CALL_FIELDS),
     )
 
 
-def _blend(weights: Mapping[str, float]) -> list[inference_pb2.BlendMember]:
-    if not weights:
+def _made(kind: type[_M], **fields: Any) -> _M:
+    """`kind(**fields)`, but a TypeError or ValueError names the field."""
+    message = kind()
+    for name, value in fields.items():
+        try:
+            message.MergeFrom(kind(**{name: value}))
+        except UnicodeError:
+            raise
+        except (TypeError, ValueError) as error:
+            wrong = TypeError if isinstance(error, TypeError) else ValueError
+            raise wrong(f"{name}: {error}") from None
+    return message
+
+
+def _blend(weights: Mapping[str, float]) -> list[dict[str, object]]:
+    if not isinstance(weights, Mapping) or not weights:
         raise TypeError("'blend' names no adapter")
-    return [
-        inference_pb2.BlendMember(adapter_id=adapter_id, weight=weight)
-        for adapter_id, weight in weights.items()
-    ]
+    return [{"adapter_id": adapter_id, "weight": weight} for adapter_id, weight in weights.items()]
 
 
 def tokenize_request(
@@ -163,7 +212,7 @@ def _prompt_fields(
     if messages is not None:
         return {"chat": _chat(messages, chat_options)}
     if token_ids is not None:
-        return {"token_ids": inference_pb2.TokenIds(ids=token_ids)}
+        return {"token_ids": {"ids": token_ids}}
     return {"text": prompt}
 
 
@@ -187,7 +236,7 @@ def _chat_message(message: Message) -> inference_pb2.ChatMessage:
         raise TypeError(f"unknown key {unknown[0]!r} in a chat message")
     fields: dict[str, Any] = _set_only(message)
     calls = fields.pop("tool_calls", None)
-    return inference_pb2.ChatMessage(**fields, tool_calls_json=_json(calls))
+    return _made(inference_pb2.ChatMessage, **fields, tool_calls_json=_json(calls))
 
 
 def _json(value: object) -> str:

@@ -365,7 +365,8 @@ def _server_extra() -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         raise LoraplexError(
-            f"this command runs a server, which needs {error.name}: pip install 'loraplex[server]'"
+            f"this command runs a server, which needs {error.name}: pip install '.[server]' in the"
+            " clone of Loraplex"
         ) from error
 
 

@@ -246,7 +246,9 @@ def serve_metrics(
     try:
         server, thread = start_http_server(port, addr=host, registry=registry)
     except (OSError, OverflowError) as error:
-        raise StartupError(f"cannot serve metrics on {host}:{port}: {error}") from error
+        raise StartupError(
+            f"cannot serve metrics on {host}:{port}: {error} (--metrics takes another, or off)"
+        ) from error
     return server.server_port, lambda: _stop(server, thread.join)
 
 

@@ -35,6 +35,7 @@ from loraplex.startup import (
     load_base,
     model_info,
     plan_memory,
+    warn_of_little,
 )
 
 log = logging.getLogger(__name__)
@@ -53,6 +54,7 @@ def serve(config: ServeConfig) -> int:
         base.config.context_length,
         format_size(memory.host_bytes),
     )
+    warn_of_little(base, memory)
     return asyncio.run(_serve(config, base, memory))
 
 
@@ -183,7 +185,12 @@ def _credentials(cert: Path | None, key: Path | None) -> grpc.ServerCredentials 
         return None
     if cert is None or key is None:
         raise StartupError("--tls-cert and --tls-key go together")
+    pair = (_read("--tls-key", key), _read("--tls-cert", cert))
+    return grpc.ssl_server_credentials([pair])
+
+
+def _read(option: str, path: Path) -> bytes:
     try:
-        return grpc.ssl_server_credentials([(key.read_bytes(), cert.read_bytes())])
+        return path.read_bytes()
     except OSError as error:
-        raise StartupError(f"{error.filename}: {error.strerror}") from None
+        raise StartupError(f"{option} {path}: {error.strerror}") from None

@@ -11,10 +11,10 @@ from loraplex_kernels.native import is_built
 from loraplex_kernels.ops import Ops
 from loraplex_kernels.reference import TorchOps
 from loraplex_kernels.stack import StepLimits
-from loraplex_kernels.tables import AdapterTables
+from loraplex_kernels.tables import GRANULE_RANK, AdapterTables
 
 from loraplex.adapters.loader import AdapterLoader, Blobs, as_is
-from loraplex.adapters.packing import Layout, PackedAdapter
+from loraplex.adapters.packing import Layout, PackedAdapter, place
 from loraplex.adapters.peft import BaseLinear
 from loraplex.adapters.pool import AdapterPool
 from loraplex.adapters.tiers import HostTier, num_bytes
@@ -209,6 +209,29 @@ def plan_memory(config: ServeConfig, base: Base) -> Memory:
         )
     host_free = free_host_memory() if where.type == "cuda" else free - size
     return Memory(num_blocks, block, _plan_host_memory(config, host_free))
+
+
+def warn_of_little(base: Base, memory: Memory) -> None:
+    """Where the arena holds less than what is common: one whole context, one adapter."""
+    missing = []
+    if memory.capacity_tokens < base.config.context_length:
+        missing.append(
+            f"only {memory.capacity_tokens} tokens of a context of {base.config.context_length}"
+        )
+    if _common_adapter_blocks(base, memory.block.size) > memory.num_blocks:
+        missing.append(f"no adapter of rank {GRANULE_RANK} on all modules")
+    if missing:
+        log.warning("--memory %s holds %s", format_size(memory.size), " and ".join(missing))
+
+
+def _common_adapter_blocks(base: Base, block_bytes: int) -> int:
+    itemsize = base.decoder.dtype.itemsize
+    sizes = [
+        GRANULE_RANK * features * itemsize
+        for linear in base.config.linears()
+        for features in (linear.in_features, linear.out_features)
+    ]
+    return place(sizes, block_bytes)[1]
 
 
 def _plan_host_memory(config: ServeConfig, free: int) -> int:

@@ -14,12 +14,19 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 import pytest
-from loraplex_client import Aborted, cli
+from loraplex_client import (
+    Aborted,
+    DeadlineExceeded,
+    LoraplexError,
+    ResourceExhausted,
+    ServerUnreachable,
+    cli,
+)
 from loraplex_client.cli_options import _FIELDS
 from loraplex_protos.v1 import inference_pb2
 
 if TYPE_CHECKING:
-    from tests.clients.conftest import FakeServer
+    from tests.clients.conftest import CuttingProxy, FakeServer
 
 MakeAdapter = Callable[..., Path]
 Command = Callable[..., "subprocess.Popen[str]"]
@@ -33,11 +40,9 @@ def finish(process: "subprocess.Popen[str]", stdin: str = "") -> tuple[int, str,
 
 
 def test_generate(server: "FakeServer", command: Command) -> None:
-    assert finish(command("generate", "one two", "--adapter", "pirate")) == (
-        0,
-        "<pirate>one two\n",
-        "",
-    )
+    flags = ("--adapter", "pirate", "--adapter-version", "v1")
+    assert finish(command("generate", "one two", *flags)) == (0, "<pirate>one two\n", "")
+    assert server.calls[0].request.adapter_version == "v1"
 
 
 def test_every_sampling_flag_arrives(server: "FakeServer", command: Command) -> None:
@@ -173,10 +178,17 @@ def test_a_reader_that_goes_is_no_news(server: "FakeServer", command: Command) -
         (("generate", "x", "--top-k", "-1"), "'-1' is not a whole number of at least 0"),
         (("generate", "x", "--top-k", "1.5"), "'1.5' is not a whole number"),
         (("generate", "x", "--temperature", "nan"), "'nan' is not a number"),
-        (("generate", "x", "--timeout", "0"), "'0' is not a positive number of seconds"),
+        (
+            ("generate", "x", "--timeout", "1e-4"),
+            "'1e-4' is not a number of seconds of at least 0.001",
+        ),
+        (("generate", "x", "--max-tokens", "0"), "'0' is not a whole number of at least 1"),
+        (("generate", "x", "--max-tokens", "-1"), "'-1' is not a whole number of at least 1"),
         (("generate", "x", "--server", "host"), "'host' is not HOST:PORT"),
+        (("generate", "x", "--server", "http://a:1"), "must be HOST:PORT, without http://"),
+        (("generate", "x", "--adapter-version", "v"), "goes with --adapter"),
         (("generate", "x", "--logprobs", "2"), "--json only"),
-        (("chat", "--logprobs", "2"), "generate --json"),
+        (("chat", "--logprobs", "2"), "unrecognized arguments"),
         (("generate", "x", "--token", "a\nb"), "token"),
         (("adapters", "upload", "a"), "required: DIR"),
         (("generate", "x", "--blend", "a"), "'a' is not NAME=WEIGHT,NAME=WEIGHT"),
@@ -220,7 +232,11 @@ def test_any_other_failure_is_one_line(server: "FakeServer", command: Command) -
         "",
         "loraplex: failed precondition: two lines [31mred\n",
     )
-    assert finish(command("adapters", "show", "a")) == (1, "", "loraplex: no such adapter\n")
+    assert finish(command("adapters", "show", "a")) == (
+        1,
+        "",
+        "loraplex: no such adapter (those that there are: loraplex adapters list)\n",
+    )
     code, _, err = finish(command("generate", "x", "--tls-ca", "/nowhere.pem"))
     assert (code, err) == (1, "loraplex: /nowhere.pem: No such file or directory\n")
 
@@ -238,6 +254,15 @@ def test_what_breaks_off_still_ends_its_line(server: "FakeServer", command: Comm
     server.generate = break_off
     code, out, err = finish(command("generate", "x"))
     assert (code, out, err) == (1, "so far\n", "loraplex: internal: no more\n")
+    code, out, _ = finish(command("generate", "x", "--json"))
+    assert code == 1
+    assert json.loads(out.splitlines()[-1]) == {
+        "event": "error",
+        "code": "INTERNAL",
+        "reason": None,
+        "message": "internal: no more",
+        "retry_after": None,
+    }
 
 
 def test_token_and_server_come_from_the_environment(
@@ -296,25 +321,47 @@ def test_the_life_of_an_adapter(
 
 
 @pytest.mark.parametrize(
-    ("reason", "help_"),
+    ("error", "help_"),
     [
-        ("ADAPTER_EXISTS", "--replace"),
-        ("ETAG_MISMATCH", "adapters show"),
-        ("UPLOAD_IN_PROGRESS", "try again"),
-        ("UPLOAD_TAKEN_OVER", "goes on"),
-        ("PINS_EXCEED_MEMORY", "--memory"),
+        (Aborted("no", reason="ADAPTER_EXISTS"), "--replace"),
+        (Aborted("a does not carry this etag", reason="ETAG_MISMATCH"), "adapters show"),
+        (Aborted("a does not exist", reason="ETAG_MISMATCH"), "leave --if-match out"),
+        (Aborted("no", reason="UPLOAD_IN_PROGRESS"), "try again"),
+        (Aborted("no", reason="UPLOAD_TAKEN_OVER"), "goes on"),
+        (Aborted("of the slots (--max-slots)", reason="PINS_EXCEED_MEMORY"), "more --max-slots"),
+        (Aborted("of the blocks (--memory)", reason="PINS_EXCEED_MEMORY"), "more --memory"),
+        (ResourceExhausted("no", reason="QUEUE_FULL", retry_after=2.5), "try again in 2.5 s"),
+        (DeadlineExceeded("stopped by the timeout after 3 tokens"), "--timeout"),
+        (ServerUnreachable("cannot reach a:1: Socket closed"), "does TLS match?"),
     ],
 )
 def test_errors_say_what_can_be_done(
-    reason: str, help_: str, capsys: pytest.CaptureFixture[str]
+    error: LoraplexError, help_: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(args: argparse.Namespace) -> int:
-        raise Aborted("no", reason=reason)
+        raise error
 
     assert cli.run(fail, argparse.Namespace()) == 1
     line = capsys.readouterr().err
-    assert line.startswith("loraplex: no (")
+    assert line.startswith(f"loraplex: {error} (")
     assert help_ in line
+
+
+def test_an_upload_says_that_it_tries_again(
+    server: "FakeServer",
+    command: Command,
+    make_adapter: MakeAdapter,
+    cutting_proxy: Callable[..., "CuttingProxy"],
+) -> None:
+    proxy = cutting_proxy(server.target, cuts=100, limit=100_000)
+    arguments = ("a", str(make_adapter()), "--server", proxy.target, "--timeout", "2")
+    code, out, err = finish(command("adapters", "upload", *arguments))
+    assert (code, out) == (1, "")
+    first, *_, kept, last = err.splitlines()
+    assert first.startswith(f"loraplex: the connection to {proxy.target} failed")
+    assert first.endswith("; trying again (1 of 6)")
+    assert "the same command goes on from there" in kept
+    assert last.startswith("loraplex: ")
 
 
 def test_a_blend(server: "FakeServer", command: Command) -> None:

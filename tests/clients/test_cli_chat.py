@@ -117,7 +117,16 @@ def test_an_unknown_adapter_leaves_the_one_before(server: "FakeServer") -> None:
     has(server, "pirate")
     answers, notes = talk(server, "/adapter parrot", "hi", adapter_id="pirate")
     assert answers == "<pirate>hi\n\n"
-    assert notes.splitlines()[1:] == ["no such adapter"]
+    assert notes.splitlines()[1:] == ["no such adapter; still pirate"]
+
+
+def test_an_unknown_adapter_does_not_end_a_script(
+    server: "FakeServer", command: Callable[..., "subprocess.Popen[str]"]
+) -> None:
+    process = command("chat")
+    out, err = process.communicate("/adapter parrot\nhi\n", timeout=60)
+    assert (process.returncode, out) == (1, "hi\n")
+    assert err == "no such adapter; still the bare base model\n"
 
 
 def test_an_unknown_adapter_at_the_start(server: "FakeServer") -> None:

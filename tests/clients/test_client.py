@@ -188,13 +188,37 @@ def test_nobody_there(nobody: str, call: CallClient, make_adapter: MakeAdapter) 
 
 
 def test_timeouts(server: "FakeServer", call: CallClient) -> None:
+    first: list[inference_pb2.GenerateResponse] = []
+
     def slow(request: Any, context: Any) -> Iterator[Any]:
-        yield inference_pb2.GenerateResponse(started=inference_pb2.Started(request_id="r"))
+        yield from first
         time.sleep(1)
 
     server.generate = slow
+    first.append(inference_pb2.GenerateResponse(started=inference_pb2.Started(request_id="r")))
     with pytest.raises(DeadlineExceeded, match="within the timeout"):
         call(server.target, "complete", "hi", timeout=0.2)
+    delta = inference_pb2.Delta(text="x", token_ids=[1, 2])
+    first.append(inference_pb2.GenerateResponse(delta=delta))
+    with pytest.raises(DeadlineExceeded, match="stopped by the timeout after 2 tokens"):
+        call(server.target, "complete", "hi", timeout=0.2)
+
+
+def test_a_closed_client_says_so(server: "FakeServer", make_adapter: MakeAdapter) -> None:
+    client = Client(server.target)
+    client.close()
+    for use in (lambda: client.complete("hi"), lambda: client.get_adapter("a")):
+        with pytest.raises(ValueError, match="is closed"):
+            use()
+
+    async def main() -> None:
+        async with AsyncClient(server.target) as closed:
+            pass
+        for use in (closed.complete("hi"), closed.upload_adapter("a", make_adapter(10))):
+            with pytest.raises(ValueError, match="is closed"):
+                await use
+
+    asyncio.run(main())
 
 
 def _refusing(code: grpc.StatusCode) -> Callable[[Any, Any], Iterator[Any]]:

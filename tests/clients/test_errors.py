@@ -136,6 +136,15 @@ def test_details_that_cannot_be_trusted_are_left_out(trailing: Any) -> None:
         ),
         (
             StatusCode.UNAVAILABLE,
+            "failed to connect to all addresses; last error: UNKNOWN: ipv4:127.0.0.1:1: Tls "
+            "handshake failed (TSI_PROTOCOL_FAILURE): SSL_ERROR_SSL: error:1000007d:SSL "
+            "routines:OPENSSL_internal:CERTIFICATE_VERIFY_FAILED: self signed certificate: OK",
+            errors.ServerUnreachable,
+            "cannot reach host:1: TLS handshake failed: CERTIFICATE_VERIFY_FAILED: "
+            "self signed certificate",
+        ),
+        (
+            StatusCode.UNAVAILABLE,
             "errors resolving host:1: [field:hostname lookup error: Domain name not found]",
             errors.ServerUnreachable,
             "cannot reach host:1: errors resolving host:1: "
@@ -168,3 +177,8 @@ def test_what_grpc_itself_says_is_put_in_words(
     error = from_rpc_error(FailedCall(code, details), "host:1")
     assert type(error) is kind
     assert str(error) == message
+
+
+def test_a_timeout_in_the_midst_of_an_answer_says_so() -> None:
+    late = FailedCall(StatusCode.DEADLINE_EXCEEDED, "Deadline Exceeded")
+    assert str(from_rpc_error(late, "host:1", 12)) == "stopped by the timeout after 12 tokens"

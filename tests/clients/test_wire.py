@@ -110,6 +110,29 @@ def test_a_wrong_keyword_is_a_type_error(
         wire.generate_request(prompt, "", messages, token_ids, options)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "options", "kind", "message"),
+    [
+        (("a", None, None), {"priority": "high"}, TypeError, "^priority: "),
+        (("a", None, None), {"max_tokens": -1}, ValueError, "^max_tokens: "),
+        (("a", None, None), {"blend": {"b": "x"}}, TypeError, "^blend: "),
+        ((None, None, [-1]), {}, ValueError, "^token_ids: "),
+        ((None, [{"role": "user", "content": 1}], None), {}, TypeError, "^content: "),
+    ],
+)
+def test_a_wrong_value_is_named(
+    arguments: tuple[Any, Any, Any], options: dict[str, Any], kind: type[Exception], message: str
+) -> None:
+    prompt, messages, token_ids = arguments
+    with pytest.raises(kind, match=message):
+        wire.generate_request(prompt, "", messages, token_ids, options)
+
+
+def test_every_option_stands_in_the_docstrings() -> None:
+    documented = f"{wire.GenerateOptions.__doc__}{wire.ChatOptions.__doc__}"
+    assert [name for name in wire.OPTIONS if f"\n    {name} " not in documented] == []
+
+
 def test_prompts() -> None:
     assert request().WhichOneof("prompt") == "text"
     ids = wire.generate_request(None, "x", None, (1, 2), {})

@@ -126,9 +126,10 @@ def test_replacing_and_deleting_an_adapter_in_use(
     folders = [make_adapter(default_config) for _ in range(3)]
     streams: list[Generator[Event, None, None]] = []
     versions: list[str] = []
+    long: GenerateOptions = {**GREEDY, "max_tokens": 96}  # the first outlasts two uploads
 
     def begin() -> Started:
-        streams.append(client.stream(PROMPT, "busy", **GREEDY))
+        streams.append(client.stream(PROMPT, "busy", **long))
         started = next(streams[-1])
         assert isinstance(started, Started)
         assert [used.version for used in started.adapters] == [versions[-1]]

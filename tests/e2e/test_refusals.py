@@ -29,8 +29,11 @@ CASES: Mapping[str, tuple[list[str], str]] = {
     ),
     "other machines": (["--model={tiny}", "--listen=0.0.0.0:0"], "--insecure"),
     "half of TLS": (["--model={tiny}", "--tls-cert={tiny}/config.json"], "--tls-key"),
-    "no TLS file": (["--model={tiny}", "--tls-cert=/none", "--tls-key=/none"], "/none: No such"),
-    "store in use": (["--model={tiny}", "--store={store}"], "in use by another server"),
+    "no TLS file": (
+        ["--model={tiny}", "--tls-cert=/none", "--tls-key=/none"],
+        "--tls-key /none: No such",
+    ),
+    "store in use": (["--model={tiny}", "--store={store}"], "in use by another server (--store"),
     "store is a file": (["--model={tiny}", "--store={tiny}/config.json"], "adapter store"),
     "step log": (["--model={tiny}", "--step-log=/no/such/log"], "/no/such/log: No such file"),
 }

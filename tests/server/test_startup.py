@@ -13,7 +13,14 @@ from loraplex.config import ServeConfig
 from loraplex.device import Device, free_host_memory
 from loraplex.engine.model_runner import BlockShape
 from loraplex.errors import StartupError
-from loraplex.startup import Base, Memory, build_host_tier, build_runner, plan_memory
+from loraplex.startup import (
+    Base,
+    Memory,
+    build_host_tier,
+    build_runner,
+    plan_memory,
+    warn_of_little,
+)
 from loraplex_kernels.reference import TorchOps
 
 from tests.server.engine.tiny_llama import CONFIG, CPU, TinyLlama
@@ -87,6 +94,20 @@ def test_what_cannot_be_had_is_refused_by_its_flag(
 ) -> None:
     with pytest.raises(StartupError, match=why):
         plan_memory(settings, base(TorchOps(), device))
+
+
+@pytest.mark.parametrize(
+    ("num_blocks", "said"),
+    [
+        (2, ["holds only 32 tokens of a context of 128 and no adapter of rank 16 on all modules"]),
+        (1000, []),
+    ],
+)
+def test_a_memory_that_holds_little_is_told(
+    num_blocks: int, said: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    warn_of_little(base(TorchOps()), replace(MEMORY, num_blocks=num_blocks))
+    assert [record.message.removeprefix("--memory 32.0 KiB ") for record in caplog.records] == said
 
 
 def test_host_memory_is_a_part_of_what_is_free_or_what_was_asked_for() -> None:

@@ -132,6 +132,12 @@ class AdapterConfig:
             return "layers_to_transform"
         return None
 
+    def other_base(self, served: str) -> str | None:
+        """The base that the adapter names, if its last part differs from what is served."""
+        named = (self.base_model or "").rstrip("/")
+        last = named.rsplit("/", 1)[-1].lower()
+        return shown(named) if last and last != served.lower() else None
+
     def canonical_json(self) -> str:
         """What the result depends on beside the tensors, always written the same way."""
         fields: dict[str, object] = {

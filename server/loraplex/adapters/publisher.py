@@ -1,6 +1,6 @@
 """Judge an uploaded adapter, pack it for its first use, and make both durable."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -14,6 +14,7 @@ from loraplex.adapters.peft import (
 )
 from loraplex.adapters.store import AdapterRecord, AdapterStore, Upload
 from loraplex.adapters.store_files import storage_errors
+from loraplex.errors import AdapterInvalidError, RequestError
 
 
 class Packer(Protocol):
@@ -58,16 +59,30 @@ class Publisher:
         who suspends or discards it.
         """
         with storage_errors():
-            spec = read_adapter(upload.path, config, self._linears, self._max_rank)
+            spec = self._judge(upload, config)
             packed = self._packer.pack_upload(upload.path, spec)
         version = version_of(sha256, config, self._base_id)
+        was_sound = self._store.is_sound(version)
         record, created = self._store.publish(upload, version, spec, sha256, packed)
-        return record, created, (*spec.warnings, *self._base_warnings(config))
-
-    def _base_warnings(self, config: AdapterConfig) -> Iterator[str]:
-        """The base an adapter names is informational, and compared by its last part alone."""
-        named = (config.base_model or "").rstrip("/").rsplit("/", 1)[-1].lower()
-        if named and named != self._base_name.lower():
-            yield (
-                f"base_model_name_or_path is {named!r}, but this server runs {self._base_name!r}"
+        warnings = list(spec.warnings)
+        if not created and not was_sound:
+            warnings.append(f"{record.adapter_id} was quarantined, and this upload repaired it")
+        if (other := config.other_base(self._base_name)) is not None:
+            warnings.append(
+                f"base_model_name_or_path is {other!r}, but this server runs {self._base_name!r}"
             )
+        return record, created, warnings
+
+    def _judge(self, upload: Upload, config: AdapterConfig) -> AdapterSpec:
+        try:
+            return read_adapter(upload.path, config, self._linears, self._max_rank)
+        except AdapterInvalidError as error:
+            other = config.other_base(self._base_name)
+            if other is None:
+                raise
+            raise RequestError(
+                error.reason.name,
+                f"{error.message} (the adapter says that it was trained for {other!r}; this server"
+                f" runs {self._base_name!r})",
+                field=error.field,
+            ) from error

@@ -35,6 +35,7 @@ from loraplex.adapters.store_records import (
     is_adapter_id,
     is_digest,
     is_upload_id,
+    require_rank,
     require_ready,
     validate_adapter_id,
 )
@@ -51,6 +52,7 @@ __all__ = [
     "UploadStatus",
     "Visibility",
     "is_digest",
+    "require_rank",
     "require_ready",
     "validate_adapter_id",
 ]
@@ -123,7 +125,9 @@ class AdapterStore:
                 store._recover()
                 on_failure.pop_all()
         except BlockingIOError:
-            raise StartupError(f"adapter store {root} is in use by another server") from None
+            raise StartupError(
+                f"adapter store {root} is in use by another server (--store takes another)"
+            ) from None
         except OSError as error:
             where = error.filename or root  # inside: what is missing cannot be made there
             raise StartupError(f"adapter store {root}: {where}: {error.strerror}") from error

@@ -53,9 +53,30 @@ class AdapterRecord:
 
 
 def require_ready(record: AdapterRecord) -> None:
-    """ADAPTER_UNUSABLE unless the adapter can be served."""
+    """ADAPTER_UNUSABLE unless the adapter can be served; the message tells the way out."""
     if record.state is not AdapterState.READY:
-        raise RequestError("ADAPTER_UNUSABLE", f"{record.adapter_id} is {record.state.value}")
+        raise RequestError("ADAPTER_UNUSABLE", f"{record.adapter_id} is {_trouble(record)}")
+
+
+def _trouble(record: AdapterRecord) -> str:
+    if record.state is AdapterState.INCOMPATIBLE:
+        return "incompatible: it was uploaded for another base model"
+    if not record.version:
+        return "quarantined: its record cannot be read; delete it, or upload it with replace"
+    return (
+        "quarantined: its bytes on disk differ from what was uploaded; the same upload again"
+        " repairs it"
+    )
+
+
+def require_rank(record: AdapterRecord, max_rank: int) -> None:
+    """ADAPTER_UNUSABLE for what came when the server had a larger --max-rank."""
+    if record.rank > max_rank:
+        raise RequestError(
+            "ADAPTER_UNUSABLE",
+            f"{record.adapter_id} has rank {record.rank}, which is over this server's {max_rank}"
+            " (--max-rank)",
+        )
 
 
 @dataclass(frozen=True, slots=True)

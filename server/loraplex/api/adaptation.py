@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from loraplex_protos.v1 import inference_pb2 as pb
 
-from loraplex.adapters.store import AdapterRecord
+from loraplex.adapters.store import AdapterRecord, require_rank
 from loraplex.api.protocols import StoreLike
 from loraplex.engine.sequence import BlendPart
 from loraplex.errors import InvalidRequestError, RequestError
@@ -80,6 +80,7 @@ async def adaptation(
         for wanted in _wanted(request):
             records.append(store.acquire(wanted.adapter_id))
             _check_version(records[-1], wanted)
+            require_rank(records[-1], max_rank)
         if request.blend:
             _check_blend(records, max_rank)
         weights = tuple(member.weight for member in request.blend)

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 
-from loraplex.adapters.store import AdapterRecord, AdapterState, require_ready
+from loraplex.adapters.store import AdapterRecord, AdapterState, require_rank, require_ready
 from loraplex.api.protocols import EngineLike, StoreLike
 from loraplex.api.threads import Background
 from loraplex.errors import RequestError
@@ -19,10 +19,13 @@ class Pins:
     another pin goes.
     """
 
-    def __init__(self, engine: EngineLike, store: StoreLike, background: Background) -> None:
+    def __init__(
+        self, engine: EngineLike, store: StoreLike, background: Background, max_rank: int
+    ) -> None:
         self._engine = engine
         self._store = store
         self._background = background
+        self._max_rank = max_rank
         self._held: dict[str, str] = {}
         self._lock = asyncio.Lock()  # held while a name and the engine may differ
 
@@ -37,7 +40,7 @@ class Pins:
                     await self._engine.pin(record.version, adapter_id)
                 else:
                     self._drop(adapter_id)
-                    await self._hold(adapter_id, record.version)
+                    await self._hold(record)
                 return await self._background.run(self._store.set_pinned, adapter_id, True)
             finally:
                 await self._follow(adapter_id)
@@ -77,37 +80,38 @@ class Pins:
 
     async def _follow(self, adapter_id: str) -> str | None:
         wanted = self._wanted(adapter_id)
-        if wanted == self._held.get(adapter_id):
+        if (wanted and wanted.version) == self._held.get(adapter_id):
             return None
         self._drop(adapter_id)
         if wanted is None:
             return None
         try:
-            await self._hold(adapter_id, wanted)
+            await self._hold(wanted)
         except RequestError as error:
             _LOG.warning("%s is pinned, but not kept on the device: %s", adapter_id, error.message)
             return f"{adapter_id} is pinned, but not kept on the device: {error.message}"
         return None
 
-    def _wanted(self, adapter_id: str) -> str | None:
-        """The version that the engine should keep for this name."""
+    def _wanted(self, adapter_id: str) -> AdapterRecord | None:
+        """The name's record, if the engine should keep its version."""
         try:
             record = self._store.get(adapter_id)
         except RequestError:
             return None
-        return record.version if record.pinned and record.state is AdapterState.READY else None
+        return record if record.pinned and record.state is AdapterState.READY else None
 
     def _drop(self, adapter_id: str) -> None:
         version = self._held.pop(adapter_id, None)
         if version is not None:
             self._engine.unpin(version, adapter_id)
 
-    async def _hold(self, adapter_id: str, version: str) -> None:
-        self._held[adapter_id] = version
+    async def _hold(self, record: AdapterRecord) -> None:
+        require_rank(record, self._max_rank)
+        self._held[record.adapter_id] = record.version
         try:
-            await self._engine.pin(version, adapter_id)
+            await self._engine.pin(record.version, record.adapter_id)
         except BaseException:
-            self._drop(adapter_id)
+            self._drop(record.adapter_id)
             raise
 
     def __repr__(self) -> str:

@@ -63,7 +63,7 @@ class ApiServer:
     ) -> None:
         self._calls = Calls()
         self._background = Background()
-        self._pins = Pins(engine, store, self._background)
+        self._pins = Pins(engine, store, self._background, model.limits.max_rank)
         self._restoring: asyncio.Task[None] | None = None  # from start to drain
         receiver = Receiver(
             store, publisher, self._pins, self._background, model.base_id, stall_seconds
@@ -129,7 +129,9 @@ class ApiServer:
             return self._server.add_insecure_port(address)
         except RuntimeError:
             cause = "the port is in use" if credentials is None else "port in use, or bad TLS files"
-            raise StartupError(f"cannot listen on {address} ({cause}?)") from None
+            raise StartupError(
+                f"cannot listen on {address} ({cause}? --listen takes another)"
+            ) from None
 
     def _add_reflection(self) -> None:
         """Under both of its names: v1 is v1alpha renamed, and the library has only the latter."""

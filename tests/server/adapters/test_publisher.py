@@ -21,7 +21,7 @@ from tests.server.adapters.store_cases import BASE, open_store, refused, request
 
 LINEAR = BaseLinear("model.layers.0.self_attn.q_proj", 0, "q_proj", 64, 64)
 LINEARS = {LINEAR.name: LINEAR}
-CONFIG = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "base_model_name_or_path": "some/other"}
+CONFIG = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "base_model_name_or_path": "some/Other"}
 PREFIX = f"base_model.model.{LINEAR.name}"
 
 
@@ -76,7 +76,7 @@ def test_what_was_packed_when_it_came_is_what_is_loaded(store: AdapterStore) -> 
     record, created, warnings = publish(store, loader, content)
     assert created
     assert len(warnings) == 1
-    assert "base_model_name_or_path is 'other'" in warnings[0]
+    assert "base_model_name_or_path is 'some/Other'" in warnings[0]
     assert (record.rank, record.target_modules) == (4, ("q_proj",))
     folder = store.blob(record.version)
     (packed,) = folder.glob("packed-*")
@@ -85,6 +85,26 @@ def test_what_was_packed_when_it_came_is_what_is_loaded(store: AdapterStore) -> 
     assert packed.stat().st_mtime_ns == written
     assert publish(store, loader, content)[:2] == (record, False)
     loader.close()
+
+
+def test_the_same_upload_again_repairs_what_changed_on_disk(store: AdapterStore) -> None:
+    content = weights()
+    record, _, _ = publish(store, FakePacker(), content)
+    (store.blob(record.version) / "adapter_model.safetensors").write_bytes(b"worn")
+    refused("ADAPTER_UNUSABLE", store.scrub, record.version, lambda num_bytes: None)
+    repaired, created, warnings = publish(store, FakePacker(), content)
+    assert (repaired, created) == (record, False)
+    assert "alice was quarantined, and this upload repaired it" in warnings
+
+
+def test_what_does_not_fit_may_be_another_models(store: AdapterStore) -> None:
+    wide = save(
+        {f"{PREFIX}.lora_A.weight": torch.ones(4, 96), f"{PREFIX}.lora_B.weight": torch.ones(64, 4)}
+    )
+    error = refused("ADAPTER_INVALID", publish, store, FakePacker(), wide)
+    assert error.field == f"{PREFIX}.lora_A.weight"
+    assert "has the shape [4, 96]" in error.message
+    assert "trained for 'some/Other'; this server runs 'a-base'" in error.message
 
 
 def test_the_version_is_of_weights_config_and_base(store: AdapterStore) -> None:

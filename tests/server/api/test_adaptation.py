@@ -1,16 +1,19 @@
 """What a request's adapters make of its sequence: versions, blends, activated LoRA."""
 
 import asyncio
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from grpc import StatusCode
 from hypothesis import given
 from hypothesis import strategies as st
-from loraplex.api.adaptation import blend_digest, last_occurrence
+from loraplex.api.adaptation import adaptation, blend_digest, last_occurrence
 from loraplex.engine.sequence import BlendPart
+from loraplex.errors import RequestError
 from loraplex_protos.v1 import inference_pb2
 
+from tests.server.adapters.store_cases import open_store, publish
 from tests.server.api.conftest import say
 
 if TYPE_CHECKING:
@@ -50,6 +53,24 @@ def test_a_version_is_asked_for_by_name(serve: "Serve") -> None:
             assert (await api.get(name)).references == 0
 
     serve(scenario)
+
+
+def test_a_rank_over_a_smaller_limit_is_refused(tmp_path: Path) -> None:
+    """The server came back with a smaller --max-rank."""
+    store = open_store(tmp_path)
+    version = publish(store, "alice").version
+
+    async def scenario(max_rank: int) -> None:
+        request = inference_pb2.GenerateRequest(adapter_id="alice")
+        async with adaptation(request, store, max_rank):
+            assert store.references(version) == 1
+
+    asyncio.run(scenario(8))
+    with pytest.raises(RequestError, match=r"has rank 8, .* server's 7 \(--max-rank\)") as error:
+        asyncio.run(scenario(7))
+    assert error.value.reason.name == "ADAPTER_UNUSABLE"
+    assert store.references(version) == 0
+    store.close()
 
 
 def test_a_blend_holds_all_of_its_members(serve: "Serve") -> None:

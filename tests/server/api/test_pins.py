@@ -1,13 +1,18 @@
 """Pins follow their names: through replacements, deletes, refusals and restarts."""
 
 import asyncio
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pytest
 from grpc import StatusCode
+from loraplex.api.pins import Pins
+from loraplex.api.threads import Background
 from loraplex.errors import RequestError
 from loraplex_protos.v1 import adapters_pb2
 
-from tests.server.api.conftest import FINISH, chunk, header
+from tests.server.adapters.store_cases import open_store, publish
+from tests.server.api.conftest import FINISH, FakeEngine, chunk, header
 
 if TYPE_CHECKING:
     from tests.server.api.conftest import Api, Serve
@@ -157,3 +162,21 @@ def test_what_happens_to_a_name_while_it_is_being_pinned(serve: "Serve") -> None
         assert not (await api.get("a1")).pinned
 
     serve(scenario)
+
+
+def test_a_rank_over_a_smaller_limit_is_not_pinned(tmp_path: Path) -> None:
+    """The server came back with a smaller --max-rank."""
+    store, engine, background = open_store(tmp_path), FakeEngine(), Background()
+    publish(store, "alice")
+    store.set_pinned("alice", True)
+
+    async def scenario() -> None:
+        pins = Pins(engine, store, background, max_rank=7)
+        await pins.restore()
+        with pytest.raises(RequestError, match="has rank 8"):
+            await pins.pin("alice")
+
+    asyncio.run(scenario())
+    assert engine.num_pin_calls == 0
+    background.close()
+    store.close()
