@@ -228,18 +228,20 @@ if HAS_TILES:
             assert error <= 1.1 * error_of_loop, rows
             assert error <= 0.04, rows
 
-    def test_a_row_is_its_own(ops: NativeOps) -> None:
-        """Decode rows have the same bits whoever shares their step, a small one or a large one."""
+    @pytest.mark.parametrize("slot", [3, 1], ids=["of its own", "of the row before it"])
+    def test_a_row_is_its_own(ops: NativeOps, slot: int) -> None:
+        """Decode rows have the same bits whoever shares their step, and so has a prompt beside them,
+        whose adapter may be theirs."""
         weights = Weights(has_bias=False)
         together = Sequences(weights, torch.bfloat16, ops, is_dense=False)
         alone = Sequences(weights, torch.bfloat16, ops, is_dense=False)
         crowded = Sequences(weights, torch.bfloat16, ops, is_dense=False)
         for each in (together, alone, crowded):
             each.step(*STEPS[0])
-        rows = STEPS[1]
-        expected = torch.cat([alone.step(row) for row in rows])
-        assert torch.equal(together.step(*rows), expected)
-        assert torch.equal(crowded.step(*rows, (3, 3, 66))[: len(rows)], expected)
+        rows, prompt = STEPS[1], (3, slot, 66)
+        expected = torch.cat([alone.step(row) for row in (*rows, prompt)])
+        assert torch.equal(together.step(*rows), expected[: len(rows)])
+        assert torch.equal(crowded.step(*rows, prompt), expected)
 
     @pytest.mark.parametrize("slots", [(0, 1, 3), (0, 0, 2)], ids=["all of them", "without scales"])
     def test_a_prompt_is_its_own(ops: NativeOps, slots: tuple[int, int, int]) -> None:

@@ -1,4 +1,5 @@
-// What becomes of a product's sums: rows of bf16, a share of the residual, what SiLU gates.
+// What becomes of a product's sums: rows of bf16, a share of the residual, q and k turned and k and v in their
+// cache, what SiLU gates. And how sums lie: panels of outputs, chunks of rows.
 //
 // A chunk's sums lie transposed, as the tiles leave them; `to_rows` turns them round for those that need rows.
 
@@ -148,10 +149,12 @@ struct Turned {
             for (int64_t done = 0; done < result.panel.outputs[half];) {  // up to where a head ends
                 const int64_t at = result.panel.first[half] - before + done, place = at % dim;
                 const int64_t count = std::min(result.panel.outputs[half] - done, dim - place);
+                const auto mask = static_cast<__mmask16>((1u << count) - 1);
                 for (int64_t row = result.lo; row < result.hi; ++row)
                     if (slots[row] >= 0)
                         store_half(v_cache + cache.at(slots[row], at / dim) + place,
-                                   _mm512_loadu_ps(result.y + (row - result.lo) * kPanel + half * kTile + done), count);
+                                   _mm512_maskz_loadu_ps(mask, result.y + (row - result.lo) * kPanel + half * kTile + done),
+                                   count);
                 done += count;
             }
     }

@@ -48,7 +48,7 @@ inline int64_t argmax(const float* row, int64_t count) {
 class ByteHead {
   public:
     explicit ByteHead(const Weight& head) : outputs_(head.outputs), k_(head.k), blocks_(head.k / kBlock) {
-        if (!kHasByteTiles || head.k % kBlock) return;
+        if (!kHasByteTiles || head.k % kBlock || head.k > kMostInputs) return;
         const int64_t rows = num_panels() * kPanel;
         memory_.reset(static_cast<char*>(std::aligned_alloc(kLargePage, size())));
         if (!memory_) return;
@@ -83,6 +83,7 @@ class ByteHead {
         void operator()(char* at) const { std::free(at); }
     };
     static constexpr int64_t kLargePage = 2 << 20;
+    static constexpr int64_t kMostInputs = int64_t{1} << 16;  // whose products of bytes add up in 32 bits
 
     int64_t size() const {
         return round_up(num_panels() * kPanel * (k_ + 2 * static_cast<int64_t>(sizeof(float))), kLargePage);

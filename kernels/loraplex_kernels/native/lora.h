@@ -74,12 +74,15 @@ struct LoraPlan {
     int64_t num_owned, num_slots;  // rows with an adapter, and different adapters
     int64_t num_blocks;            // of up to kChunks chunks that one task shrinks, the same number for each thread
 
-    void build(const LoraStep& given, int64_t rows) {
+    // For those of so many rows that lie in [from, to).
+    void build(const LoraStep& given, int64_t rows, int64_t from, int64_t to) {
         step = given, num_rows = rows;
         segments.clear(), chunks.clear(), owned.clear();
         num_owned = num_slots = 0;
         for (int64_t s = 0; s < step.num_segments; ++s) {
-            const Segment all{step.segments[3 * s], step.segments[3 * s + 1], step.segments[3 * s + 2]};
+            const Segment all{step.segments[3 * s], std::max<int64_t>(from, step.segments[3 * s + 1]),
+                              std::min<int64_t>(to, step.segments[3 * s + 2])};
+            if (all.lo >= all.hi) continue;
             num_owned += all.hi - all.lo;
             num_slots += std::none_of(segments.begin(), segments.end(),
                                       [&](const Segment& other) { return other.slot == all.slot; });
@@ -96,6 +99,7 @@ struct LoraPlan {
         const int64_t count = static_cast<int64_t>(chunks.size());
         num_blocks = std::min(count, round_up((count + kChunks - 1) / kChunks, num_threads));
     }
+    bool is_empty() const { return segments.empty(); }
     // Of the tasks of a linear's first phase: block after block of chunks for each projection.
     template <typename Visit>
     void each_chunk(int64_t task, Visit&& visit) const {
@@ -380,7 +384,7 @@ void lora(T* y, int64_t y_stride, const T* x, int64_t k_size, const LoraStep& st
         num_rows = std::max(num_rows, hi);
         weights += (hi - lo + kRows - 1) / kRows * kRank;
     }
-    plan.build(step, num_rows);
+    plan.build(step, num_rows, 0, num_rows);
     panels.clear();
     int64_t elements = 0;
     for (int64_t i = 0; i < num_p; ++i) {

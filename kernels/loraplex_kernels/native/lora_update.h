@@ -1,4 +1,4 @@
-// The low-rank updates of a small step, ahead of the products they belong to.
+// The low-rank updates of a step's few rows an adapter, ahead of the products they belong to.
 //
 // What an update costs is its adapter's bytes. Adapter after adapter they stream in as they lie in memory;
 // fetched in pieces beside the base's panels they keep the processor's few outstanding misses busy, and the
@@ -12,16 +12,15 @@
 
 namespace {
 
-constexpr int64_t kSmallStep = 64;   // rows, at most
+constexpr int64_t kMostFew = 64;     // rows, at most
 constexpr int64_t kManyOfOne = 8;    // rows an adapter, on average: then its bytes are few beside the work
 
 // Only with so many granules do both ways add up in one order: this one adds them up before they meet the base.
-inline bool is_small(const LoraPlan& plan) {
-    return plan.num_rows <= kSmallStep && plan.num_owned < kManyOfOne * plan.num_slots &&
-           plan.step.tables.granules <= kGroup;
+inline bool are_few(const LoraPlan& plan) {
+    return plan.num_owned < kManyOfOne * plan.num_slots && plan.step.tables.granules <= kGroup;
 }
 
-// Both phases of a small step in one, adapter after adapter, so that the weights stream in as they lie in
+// Both phases of such rows in one, adapter after adapter, so that the weights stream in as they lie in
 // memory: update[row][n] of every row with an adapter, fp32 rows of `stride`, is ready when all threads are
 // through. Everything else as for `lora_shrink`.
 inline void lora_update(const LoraPlan& plan, int64_t layer, const Projection* p, int64_t num_p, const bf16* packed,

@@ -106,14 +106,15 @@ class Stack {
 
   private:
     static constexpr int64_t kMaxProjections = 3;
-    static constexpr int64_t kMaxPhases = 13;  // of a layer
+    static constexpr int64_t kMaxPhases = 16;  // of a layer
 
     int64_t widest() const { return std::max({model_.hidden, model_.intermediate, model_.heads * model_.head_dim}); }
     int64_t update_size() const {  // of a row
         const int64_t qkv = (model_.heads + 2 * model_.kv_heads) * model_.head_dim;
         return std::max({qkv, model_.hidden, 2 * model_.intermediate});
     }
-    int64_t num_phases() const { return kMaxPhases * model_.num_layers + 6; }
+    void plan_updates(const LoraStep& lora, const Step& step);
+    int64_t num_phases() const { return kMaxPhases * model_.num_layers + 5; }
 
     Cache cache_of(const Step& step) const {
         return {step.stride_block, model_.kv_heads, step.block_tokens, model_.head_dim};
@@ -132,9 +133,9 @@ class Stack {
     bf16* natural_ = nullptr;  // the same as `pack_rows` leaves them, for what shrinks them
     bf16* gated_ = nullptr;    // those of down, packed too
     void* v_ = nullptr;        // what they were shrunk to
-    float* update_ = nullptr;  // what that was expanded to, in a small step
+    float* update_ = nullptr;  // what that was expanded to, of the few rows an adapter
     AttentionPlan attention_;
-    LoraPlan lora_;
+    LoraPlan few_, rest_;  // of rows whose updates come ahead of the products, and beside them
 };
 
 // One thread's way through a step.
@@ -245,20 +246,20 @@ class Stack::Worker {
     void linear(Phase phase, const StackedLinear& l, int64_t layer, const Panels& panels, Finish&& finish) {
         const Projection* const p = l.projections;
         const int64_t count = l.num_projections;
-        const LoraPlan& lora = stack_.lora_;
+        const LoraPlan &few = stack_.few_, &rest = stack_.rest_;
         float* const update = stack_.update_;
         const int64_t outputs = l.weight.outputs;
-        if (step_.num_segments) {
+        if (!few.is_empty())
             share(kShrink, [&](Next& next) {
-                if (update)
-                    lora_update(lora, layer, p, count, stack_.natural_, l.weight.k, stack_.v_, update, outputs, next);
-                else
-                    lora_shrink<bf16>(lora, layer, p, count, nullptr, stack_.natural_, l.weight.k, stack_.v_, next);
+                lora_update(few, layer, p, count, stack_.natural_, l.weight.k, stack_.v_, update, outputs, next);
             });
-        }
+        if (!rest.is_empty())
+            share(kShrink, [&](Next& next) {
+                lora_shrink<bf16>(rest, layer, p, count, nullptr, stack_.natural_, l.weight.k, stack_.v_, next);
+            });
         constexpr bool of_rows = std::is_invocable_v<Finish, const Result&>;
-        ChunkUpdate chunks(lora, layer, p, count, stack_.v_);
-        const bool by_chunks = step_.num_segments && !update && !step_.output_scale && !l.bias;
+        ChunkUpdate chunks(rest, layer, p, count, stack_.v_);
+        const bool by_chunks = !rest.is_empty() && !step_.output_scale && !l.bias;
         const auto begin = [&](const Panel& panel, int64_t lo, int64_t hi, bool is_first) {
             if (by_chunks) chunks.multiply(panel, lo, hi, is_first);
         };
@@ -266,31 +267,32 @@ class Stack::Worker {
             for (const Run& run : result.panel.runs()) {
                 if (run.lo == run.hi) continue;
                 float* const y = result.y + run.place;
-                if (step_.num_segments && update)
-                    add_update(lora, update, outputs, y, kPanel, result.lo, result.hi, run.lo, run.hi);
-                else if (step_.num_segments)
-                    lora_expand<bf16>(lora, layer, p, count, stack_.v_, y, kPanel, result.lo, result.hi, run.lo,
+                if (!few.is_empty())
+                    add_update(few, update, outputs, y, kPanel, result.lo, result.hi, run.lo, run.hi);
+                if (!rest.is_empty())
+                    lora_expand<bf16>(rest, layer, p, count, stack_.v_, y, kPanel, result.lo, result.hi, run.lo,
                                       run.hi);
-                if (step_.output_scale)
-                    scale_output_panel(lora, step_.output_scale, layer, p, count, y, kPanel, result.lo, result.hi,
-                                       run.lo, run.hi);
+                for (const LoraPlan* plan : {&few, &rest})
+                    if (step_.output_scale)
+                        scale_output_panel(*plan, step_.output_scale, layer, p, count, y, kPanel, result.lo,
+                                           result.hi, run.lo, run.hi);
                 if (l.bias) add_bias(l.bias, y, result.hi - result.lo, run);
             }
         };
         const auto end = [&](const Sums& sums) {
-            const bool is_updated = !(step_.num_segments || l.bias) || (by_chunks && chunks.add(sums));
-            if constexpr (!of_rows)
-                if (is_updated) return finish(sums);
-            alignas(64) float y[kChunk * kPanel];
-            to_rows(sums, y);
-            const Result result{sums.panel, sums.lo, sums.hi, y};
-            if (!is_updated) update_rows(result);
-            if constexpr (of_rows) {
-                finish(result);
-            } else {
-                from_rows(y, sums);
-                finish(sums);
+            const bool has_few = !few.is_empty() && sums.lo < few.owned.back().hi;
+            const bool is_updated = !has_few && !l.bias && (rest.is_empty() || (by_chunks && chunks.add(sums)));
+            if (of_rows || !is_updated) {
+                alignas(64) float y[kChunk * kPanel];
+                to_rows(sums, y);
+                const Result result{sums.panel, sums.lo, sums.hi, y};
+                if (!is_updated) update_rows(result);
+                if constexpr (of_rows)
+                    finish(result);
+                else
+                    from_rows(y, sums);
             }
+            if constexpr (!of_rows) finish(sums);
         };
         share(phase, [&](Next& next) { multiply({l.weight, right_, rows_}, panels, panel_, next, begin, end); });
     }
@@ -341,13 +343,28 @@ inline int64_t Stack::num_bytes(const StepLimits& most) const {
     const int64_t shared = packed_size(std::max(most.rows, most.logits), widest()) * element +
                            packed_size(most.rows, widest()) * element +
                            packed_size(most.rows, m.intermediate) * element +
-                           std::min(most.rows, kSmallStep) * update_size() * static_cast<int64_t>(sizeof(float)) +
+                           std::min(most.rows, kMostFew) * update_size() * static_cast<int64_t>(sizeof(float)) +
                            LoraPlan::v_bytes(most.rows, kMaxProjections, most.granules) +
-                           LoraPlan::own_bytes(most.rows) + num_phases() * static_cast<int64_t>(sizeof(PhaseState)) +
+                           2 * LoraPlan::own_bytes(most.rows) + num_phases() * static_cast<int64_t>(sizeof(PhaseState)) +
                            AttentionPlan::own_bytes(m.heads, m.kv_heads, m.head_dim, most.rows, most.sequences,
                                                     most.context);
     return byte_head_.num_bytes() + GreedyRows::num_bytes(most.logits, m.hidden, num_threads) +
-           num_threads * of_thread + shared + 7 * 64;  // and what aligns the buffers
+           num_threads * of_thread + shared + 8 * 64;  // and what aligns the buffers
+}
+
+// Rows that go on come first: where those have few an adapter, they are the few, whatever prompts come after.
+inline void Stack::plan_updates(const LoraStep& lora, const Step& step) {
+    int64_t going_on = 0;
+    while (going_on < std::min(step.num_sequences, kMostFew) && step.query_starts[going_on + 1] == going_on + 1)
+        ++going_on;
+    int64_t num_few = 0;
+    for (const int64_t rows : {step.rows, going_on}) {
+        if (num_few || rows > kMostFew) continue;
+        few_.build(lora, step.rows, 0, rows);
+        if (are_few(few_)) num_few = rows;
+    }
+    few_.build(lora, step.rows, 0, num_few);
+    rest_.build(lora, step.rows, num_few, step.rows);
 }
 
 inline void Stack::run(const Step& step) {
@@ -360,15 +377,14 @@ inline void Stack::run(const Step& step) {
     const int64_t scratch_size = ceil_div(attention_.scratch_bytes, 64) * 64;
     char* const scratch = scratch_memory_.at_least(threads * scratch_size);
     gated_ = gated_memory_.at_least(packed_size(step.rows, m.intermediate));
+    plan_updates({step.arena,
+                  {step.offset, step.scale, step.num_granules, step.table_layers, step.modules, step.granules},
+                  step.segments, step.num_segments},
+                 step);
+    update_ = few_.is_empty() ? nullptr : update_memory_.at_least(few_.owned.back().hi * update_size());
     if (step.num_segments) {
-        lora_.build({step.arena,
-                     {step.offset, step.scale, step.num_granules, step.table_layers, step.modules, step.granules},
-                     step.segments, step.num_segments},
-                    step.rows);
         natural_ = natural_memory_.at_least(packed_size(step.rows, widest));
-        const bool small = is_small(lora_);
-        update_ = small ? update_memory_.at_least(step.rows * update_size()) : nullptr;
-        v_ = v_memory_.at_least(lora_.v_bytes(kMaxProjections));
+        v_ = v_memory_.at_least(rest_.v_bytes(kMaxProjections));
     }
     if (step.tokens && byte_head_.is_usable())
         greedy_.build(byte_head_, step.num_logits, threads,
