@@ -230,8 +230,8 @@ if HAS_TILES:
 
     @pytest.mark.parametrize("slot", [3, 1], ids=["of its own", "of the row before it"])
     def test_a_row_is_its_own(ops: NativeOps, slot: int) -> None:
-        """Decode rows have the same bits whoever shares their step, and so has a prompt beside them,
-        whose adapter may be theirs."""
+        """Decode rows have the same bits whoever shares their step, and so has a prompt beside
+        them, whose adapter may be theirs."""
         weights = Weights(has_bias=False)
         together = Sequences(weights, torch.bfloat16, ops, is_dense=False)
         alone = Sequences(weights, torch.bfloat16, ops, is_dense=False)

@@ -221,7 +221,8 @@ class NativeStack:
 
 
 def is_covered(stack: Stack) -> bool:
-    """4-bit weights without a dense copy, and bf16 beside them."""
+    """4-bit weights without a dense copy, whose outputs are all some projection's, and bf16 beside
+    them."""
     linears = [
         linear
         for layer in stack.layers
@@ -232,4 +233,9 @@ def is_covered(stack: Stack) -> bool:
         all(linear.weight.dense is None for linear in linears)
         and all(t.dtype == torch.bfloat16 for t in (stack.head, *biases))
         and all(len(linear.projections) <= 3 for linear in linears)
+        and all(
+            sum(projection.width for projection in linear.projections)
+            == linear.weight.nf4.out_features
+            for linear in linears
+        )
     )
