@@ -1,7 +1,5 @@
 """A greedy step's tokens are the largest of the whole head's logits, whatever the numbers."""
 
-import ctypes
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -190,20 +188,13 @@ def drawn_by(runner: ModelRunner) -> list[Drawn]:
 if HAS_TILES:
     HAS_BYTE_TILES = " amx_int8" in Path("/proc/cpuinfo").read_text()
 
-    @pytest.fixture(params=[1, 3], ids=["one thread", "three threads"])
-    def ops(request: pytest.FixtureRequest, native_library: ctypes.CDLL) -> Iterator[NativeOps]:
-        before = torch.get_num_threads()
-        torch.set_num_threads(request.param)
-        yield NativeOps(native_library)
-        torch.set_num_threads(before)
-
     @pytest.mark.parametrize("scale", [1e-30, 1e-12, 1.0, 1e12, 1e30, 1e38])
     @pytest.mark.parametrize(("vocab", "hidden"), [(48, 64), (2021, 192)])
     def test_as_all_logits_say(
-        ops: NativeOps, vocab: int, hidden: int, scale: float, rng: torch.Generator
+        team_ops: NativeOps, vocab: int, hidden: int, scale: float, rng: torch.Generator
     ) -> None:
         head = head_of(vocab, hidden, rng)
-        decoder = Head(head, embedding_of(head, rng), scale, ops)
+        decoder = Head(head, embedding_of(head, rng), scale, team_ops)
         usual, odd = list(range(vocab - 5)), list(range(vocab - 5, vocab))
         for rows in (usual[5:6], usual[-17:], usual[:33], odd, [*usual[:20], *odd]):
             assert decoder.tokens(rows) == decoder.expected(rows)
@@ -212,31 +203,33 @@ if HAS_TILES:
         ("rising", "near", "is_whole"), [(0, 0, False), (400, 300, False), (0, 3000, True)]
     )
     def test_more_candidates_than_a_list_holds(
-        ops: NativeOps, rng: torch.Generator, rising: int, near: int, is_whole: bool
+        team_ops: NativeOps, rng: torch.Generator, rising: int, near: int, is_whole: bool
     ) -> None:
         """Those that are outbid make room; where too few are, all logits are computed."""
         row = torch.randn(192, generator=rng)
         below = torch.linspace(0.5, 0.99, rising)
         sizes = torch.cat((below, torch.full((near,), 0.998), torch.zeros(50)))
         sizes[rising + near // 3] = 1.0
-        decoder = Head((sizes[:, None] * row).bfloat16(), row.repeat(4000, 1).bfloat16(), 1.0, ops)
+        decoder = Head(
+            (sizes[:, None] * row).bfloat16(), row.repeat(4000, 1).bfloat16(), 1.0, team_ops
+        )
         assert decoder.tokens([1]) == [rising + near // 3]
         assert decoder.whole == (is_whole or not HAS_BYTE_TILES)
 
-    def test_what_int8_alone_gets_wrong(ops: NativeOps, rng: torch.Generator) -> None:
+    def test_what_int8_alone_gets_wrong(team_ops: NativeOps, rng: torch.Generator) -> None:
         for head, row in (*(rounded_most(rng) for _ in range(20)), between_levels()):
-            decoder = Head(head, row.repeat(40, 1), 1.0, ops)
+            decoder = Head(head, row.repeat(40, 1), 1.0, team_ops)
             assert decoder.tokens([0]) == [20] == decoder.expected([0])
 
-    def test_weights_that_are_not_finite(ops: NativeOps, rng: torch.Generator) -> None:
+    def test_weights_that_are_not_finite(team_ops: NativeOps, rng: torch.Generator) -> None:
         head = torch.randn(100, 64, generator=rng).bfloat16()
         head[70, 3] = torch.nan
-        decoder = Head(head, head, 1.0, ops)
+        decoder = Head(head, head, 1.0, team_ops)
         assert decoder.tokens([1, 2]) == [-1, -1]
 
-    def test_the_runner_draws_the_same(ops: NativeOps) -> None:
+    def test_the_runner_draws_the_same(team_ops: NativeOps) -> None:
         config = RunnerConfig(16, max_slots=1, max_rank=16, max_rows=80, max_running=16, device=CPU)
         decoder = TinyLlama(torch.bfloat16, 16, 1, is_packed=True).decoder
-        runners = [ModelRunner(each, ops, config) for each in (decoder, Whole(decoder))]
+        runners = [ModelRunner(each, team_ops, config) for each in (decoder, Whole(decoder))]
         chosen, whole = map(drawn_by, runners)
         assert chosen == whole

@@ -1,7 +1,7 @@
 """All layers in one call compute what the loop over them does, and round less."""
 
 import ctypes
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -206,17 +206,10 @@ STEPS: tuple[tuple[tuple[int, int, int], ...], ...] = (
 
 if HAS_TILES:
 
-    @pytest.fixture(params=[1, 3], ids=["one thread", "three threads"])
-    def ops(request: pytest.FixtureRequest, native_library: ctypes.CDLL) -> Iterator[NativeOps]:
-        before = torch.get_num_threads()
-        torch.set_num_threads(request.param)
-        yield NativeOps(native_library)
-        torch.set_num_threads(before)
-
     @pytest.mark.parametrize("has_bias", [False, True], ids=["plain", "biases"])
-    def test_as_exact_as_the_loop(ops: NativeOps, has_bias: bool) -> None:
+    def test_as_exact_as_the_loop(team_ops: NativeOps, has_bias: bool) -> None:
         weights = Weights(has_bias)
-        fused = Sequences(weights, torch.bfloat16, ops, is_dense=False)
+        fused = Sequences(weights, torch.bfloat16, team_ops, is_dense=False)
         loop = Sequences(weights, torch.bfloat16, TorchOps(), is_dense=True)
         exact = Sequences(weights, torch.float32, TorchOps(), is_dense=True)
         assert fused.is_fused
@@ -229,13 +222,13 @@ if HAS_TILES:
             assert error <= 0.04, rows
 
     @pytest.mark.parametrize("slot", [3, 1], ids=["of its own", "of the row before it"])
-    def test_a_row_is_its_own(ops: NativeOps, slot: int) -> None:
+    def test_a_row_is_its_own(team_ops: NativeOps, slot: int) -> None:
         """Decode rows have the same bits whoever shares their step, and so has a prompt beside
         them, whose adapter may be theirs."""
         weights = Weights(has_bias=False)
-        together = Sequences(weights, torch.bfloat16, ops, is_dense=False)
-        alone = Sequences(weights, torch.bfloat16, ops, is_dense=False)
-        crowded = Sequences(weights, torch.bfloat16, ops, is_dense=False)
+        together = Sequences(weights, torch.bfloat16, team_ops, is_dense=False)
+        alone = Sequences(weights, torch.bfloat16, team_ops, is_dense=False)
+        crowded = Sequences(weights, torch.bfloat16, team_ops, is_dense=False)
         for each in (together, alone, crowded):
             each.step(*STEPS[0])
         rows, prompt = STEPS[1], (3, slot, 66)
@@ -244,18 +237,18 @@ if HAS_TILES:
         assert torch.equal(crowded.step(*rows, prompt), expected)
 
     @pytest.mark.parametrize("slots", [(0, 1, 3), (0, 0, 2)], ids=["all of them", "without scales"])
-    def test_a_prompt_is_its_own(ops: NativeOps, slots: tuple[int, int, int]) -> None:
+    def test_a_prompt_is_its_own(team_ops: NativeOps, slots: tuple[int, int, int]) -> None:
         """So do prompts: alone, or in a step whose tasks are of half its rows each."""
         weights = Weights(has_bias=False)
-        together = Sequences(weights, torch.bfloat16, ops, is_dense=False)
-        alone = Sequences(weights, torch.bfloat16, ops, is_dense=False)
+        together = Sequences(weights, torch.bfloat16, team_ops, is_dense=False)
+        alone = Sequences(weights, torch.bfloat16, team_ops, is_dense=False)
         rows = ((0, NONE, 71), (1, slots[0], 57), (2, slots[1], 5), (3, slots[2], 64))
         expected = torch.cat([alone.step(row) for row in rows])
         assert torch.equal(together.step(*rows), expected)
 
-    def test_without_wanted_rows_the_cache_is_written(ops: NativeOps) -> None:
+    def test_without_wanted_rows_the_cache_is_written(team_ops: NativeOps) -> None:
         weights = Weights(has_bias=False)
-        fused = Sequences(weights, torch.bfloat16, ops, is_dense=False)
+        fused = Sequences(weights, torch.bfloat16, team_ops, is_dense=False)
         fused.step((0, 0, 20))
         assert int(fused._cache.isfinite().sum()) == fused._cache[0].numel() // 16 * 20
 
