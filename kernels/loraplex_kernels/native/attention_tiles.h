@@ -223,8 +223,6 @@ inline void InTiles::weigh(int64_t group, int64_t base, int64_t end, const Parti
                 _mm512_storeu_ps(sums + i, _mm512_mul_ps(_mm512_loadu_ps(sums + i), _mm512_set1_ps(kept[c])));
         }
     }
-    const __m512i pairs = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
-                                           21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     for (int64_t k = 0; k < size; k += 32) {
         if (group == 0) prefetch(tile_.v_cache, k / kTile), prefetch(tile_.v_cache, k / kTile + 1);
         __m512i rows[kTile];
@@ -234,7 +232,7 @@ inline void InTiles::weigh(int64_t group, int64_t base, int64_t end, const Parti
             const __m512 even = power_of_two(_mm512_fmsub_ps(_mm512_load_ps(score), scale, offset));
             const __m512 odd = power_of_two(_mm512_fmsub_ps(_mm512_load_ps(score + kTile), scale, offset));
             both[j] = add_in_order(even, odd);
-            rows[j] = _mm512_permutexvar_epi16(pairs, (__m512i)_mm512_cvtne2ps_pbh(odd, even));
+            rows[j] = as_pairs(even, odd);
         }
         for (int64_t half = 0; half < kTile; half += 8) {  // 16 keys, as `weigh_few` adds its lanes up
             for (int64_t apart = 1; apart < 8; apart *= 2)

@@ -187,8 +187,6 @@ inline __m512 silu(__m512 x) {
 // silu(gate) * up of a panel in pairs, as right operands of [rows, k]: `packed` as `pack_block` (Order::kCodes), where
 // the two k of a pair are 4 apart, and `natural`, if not null, as `pack_rows` leaves it.
 inline void gate_and_pack(const Sums& sums, bf16* packed, bf16* natural, int64_t k) {
-    const __m512i zip = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
-                                         5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     const int64_t at = sums.panel.first[0];
     for (int64_t group = 0; group < sums.groups(); ++group) {
         const float* const gate = sums.at + group * 256;
@@ -196,8 +194,7 @@ inline void gate_and_pack(const Sums& sums, bf16* packed, bf16* natural, int64_t
         for (int64_t i = 0; i < kTile; ++i)
             gated[i] = _mm512_mul_ps(silu(_mm512_load_ps(gate + i * kTile)), _mm512_load_ps(gate + 512 + i * kTile));
         const auto store_pair = [&](bf16* to, int64_t a, int64_t b) {
-            const __m512i pair = (__m512i)_mm512_cvtne2ps_pbh(gated[b], gated[a]);
-            _mm512_store_si512(to, _mm512_permutexvar_epi16(zip, pair));
+            _mm512_store_si512(to, as_pairs(gated[a], gated[b]));
         };
         const int64_t rows = (sums.lo + group * kTile) * k;
         bf16* const lines = packed + rows + at / kBlock * kBlock * kTile + at % kBlock / 8 * 32;

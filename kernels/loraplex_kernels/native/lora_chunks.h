@@ -86,8 +86,6 @@ class ChunkUpdate {
 
     void lay_out(const Panel& panel, int64_t slot) {
         slot_ = slot;
-        const __m512i twice = _mm512_set_epi16(15, 15, 14, 14, 13, 13, 12, 12, 11, 11, 10, 10, 9, 9, 8, 8, 7, 7, 6, 6,
-                                               5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
         for (int half = 0; half < 2; ++half) {
             count_[half] = 0;
             if (projection_[half] < 0) continue;
@@ -99,8 +97,7 @@ class ChunkUpdate {
                 const bf16* const b = granules.b<bf16>(g) + panel.first[half] - p.column;
                 for (int64_t r = 0; r < kRank; ++r) {
                     const auto row = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b + r * p.width));
-                    _mm512_store_si512(weights_[half][g] + 32 * r,
-                                       _mm512_permutexvar_epi16(twice, _mm512_castsi256_si512(row)));
+                    _mm512_store_si512(weights_[half][g] + 32 * r, each_twice(row));
                 }
             }
         }

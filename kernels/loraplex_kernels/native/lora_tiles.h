@@ -18,6 +18,13 @@ inline __m512i pairs_of(__m512 whole) {
     return _mm512_or_si512(high, _mm512_slli_epi32(low, 16));
 }
 
+// What a pair of v is multiplied with: each of 16 bf16 twice.
+inline __m512i each_twice(__m256i values) {
+    const __m512i twice = _mm512_set_epi16(15, 15, 14, 14, 13, 13, 12, 12, 11, 11, 10, 10, 9, 9, 8, 8, 7, 7, 6, 6, 5, 5,
+                                           4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
+    return _mm512_permutexvar_epi16(twice, _mm512_castsi256_si512(values));
+}
+
 // Up to 16 rows of x, `stride` apart, as right operands: [step of 32 k][pair][row][2]; zeros from k on, and
 // beyond the rows.
 inline void pack_rows(const bf16* x, int64_t rows, int64_t stride, int64_t k, bf16* packed) {
@@ -170,8 +177,6 @@ class Expander {
     };
 
     void lay_out(const Granules& granules, int64_t from, int64_t n, int64_t width, const Piece& piece) {
-        const __m512i twice = _mm512_set_epi16(15, 15, 14, 14, 13, 13, 12, 12, 11, 11, 10, 10, 9, 9, 8, 8, 7, 7, 6, 6,
-                                               5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
         const int64_t slot = laid_out_++ % kSlots;
         pieces_[slot] = piece;
         stream_.share();
@@ -179,8 +184,8 @@ class Expander {
             const bf16* b = granules.b<bf16>(from + g) + n;
 #pragma GCC unroll 16
             for (int64_t r = 0; r < kRank; ++r) {
-                const __m512i row = _mm512_castsi256_si512(_mm256_maskz_loadu_epi16(piece.mask, b + r * width));
-                _mm512_store_si512(weights_[slot][g] + 32 * r, _mm512_permutexvar_epi16(twice, row));
+                _mm512_store_si512(weights_[slot][g] + 32 * r,
+                                   each_twice(_mm256_maskz_loadu_epi16(piece.mask, b + r * width)));
             }
         }
         if (laid_out_ - multiplied_ > kAheadPieces) multiply();

@@ -363,7 +363,7 @@ inline void Stack::plan_updates(const LoraStep& lora, const Step& step) {
         few_.build(lora, step.rows, 0, rows);
         if (are_few(few_)) num_few = rows;
     }
-    few_.build(lora, step.rows, 0, num_few);
+    if (!num_few) few_.build(lora, step.rows, 0, 0);
     rest_.build(lora, step.rows, num_few, step.rows);
 }
 
