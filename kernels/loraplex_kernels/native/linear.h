@@ -167,15 +167,6 @@ class Ahead {
     const char *at_, *end_, *second_, *second_end_;
 };
 
-// The panel that a thread may get first, before its phase begins.
-inline void prefetch_panel(const Weight& w, const Panels& panels, int thread) {
-    const int64_t place = thread / 2 * panels.together(), count = panels.count();
-    if (place >= count) return;
-    const int64_t index = is_from_back(thread) ? (count - 1 - place) / panels.together() * panels.together() : place;
-    Ahead ahead(w, panels.at(index));
-    for (int64_t block = 0; block < w.k / kBlock; ++block) ahead.next_share();
-}
-
 inline void dequantize_block(const Weight& w, const Panel& panel, int64_t block, __m512 levels, bf16* tiles) {
     const int64_t blocks = w.k / kBlock;
     for (int half = 0; half < 2; ++half) {

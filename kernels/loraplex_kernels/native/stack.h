@@ -164,23 +164,19 @@ class Stack::Worker {
 
         const Panels qkv{l.qkv.weight.outputs, width_ + model_.kv_heads * model_.head_dim, half};
         const Panels gate_up{2 * inter, 2 * inter, inter};
-        prefetch(l.qkv.weight, qkv);
         norm(l.input_norm, s.residual, nullptr, rows_, s.normed);
         const Turned turned{s.qkv, k_cache, k_cache + side, s.cos, s.sin, s.slots, model_.heads, cache};
         linear(kQkv, l.qkv, index, qkv, [&](const Result& result) { turned.store(result); });
-        prefetch(l.o.weight, {hidden});
         share(kAttention, [&](Next& next) {
             attention_tasks<bf16>(stack_.attention_, s.qkv, k_cache, k_cache + side, s.attended, next, scratch_);
         });
         pack(s.attended, rows_, width_);
         linear(kO, l.o, index, {hidden}, [&](const Result& result) { add_rows(result, s.residual, hidden); });
 
-        prefetch(l.gate_up.weight, gate_up);
         norm(l.post_attention_norm, s.residual, nullptr, rows_, s.normed);
         bf16* const natural = s.num_segments ? stack_.natural_ : nullptr;
         linear(kGateUp, l.gate_up, index, gate_up,
                [&](const Sums& sums) { gate_and_pack(sums, stack_.gated_, natural, inter); });
-        prefetch(l.down.weight, {hidden});
         right_ = stack_.gated_;
         linear(kDown, l.down, index, {hidden}, [&](const Result& result) { add_rows(result, s.residual, hidden); });
         right_ = stack_.packed_;
@@ -301,8 +297,6 @@ class Stack::Worker {
         for (int64_t row = 0; row < rows; ++row)
             for (int64_t n = run.lo; n < run.hi; ++n) y[row * kPanel + n - run.lo] += load(bias, n);
     }
-
-    void prefetch(const Weight& w, const Panels& panels) { prefetch_panel(w, panels, thread_); }
 
     template <typename Work>
     void tasks(Phase phase, int64_t count, Work&& work) {
