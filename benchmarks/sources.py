@@ -8,7 +8,15 @@ import tokenize
 from environment import ROOT
 
 PACKAGE = ROOT / "kernels" / "loraplex_kernels"
-COMPILED = ("ops.py", "segments.py", "tables.py", "cases/*.py", "gpu/*.py", "gpu/configs/*.json")
+COMPILED = (
+    "granules.py",
+    "ops.py",
+    "segments.py",
+    "tables.py",
+    "cases/*.py",
+    "gpu/*.py",
+    "gpu/configs/*.json",
+)
 NOT_COMPILED = ("interpreter", "measured", "paths", "target", "trusted")
 TOOLS = ("compiling", "disassembly", "model_shapes")
 

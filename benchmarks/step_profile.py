@@ -79,13 +79,15 @@ class Steps:
         self._context = context
         model, dtype, device = base.config, base.decoder.dtype, base.device.where
         shape = block_shape(model, dtype, dtype)
+        form = base.ops.granule_form(dtype)
         packed = []
         for folder in adapters:
             config = read_config((folder / "adapter_config.json").read_text(), RANK)
             weights = folder / "adapter_model.safetensors"
             linears = {each.name: BaseLinear(*each) for each in model.linears()}
             spec = read_adapter(weights, config, linears, RANK)
-            packed.append(pack(weights, spec, Layout(shape.size, dtype), base.decoder.base_weight))
+            layout = Layout(shape.size, dtype, form)
+            packed.append(pack(weights, spec, layout, base.decoder.base_weight))
         self._blocks_a_row = -(-(context + 1) // shape.tokens)
         num_kv = max(BATCHES) * self._blocks_a_row
         num_blocks = num_kv + sum(each.num_blocks for each in packed)
@@ -93,7 +95,7 @@ class Steps:
         prefer_large_pages(arena)
         arena.zero_()
         tables = AdapterTables(max(1, len(packed)), model.num_layers, len(MODULES), RANK, device)
-        self._memory = DeviceMemory(arena, dtype, tables, shape.tokens, base.ops.uses_tiles)
+        self._memory = DeviceMemory(arena, dtype, form, tables, shape.tokens, base.ops.uses_tiles)
         self._cache = arena.view(dtype).view(
             num_blocks, model.num_layers, 2, model.num_kv_heads, shape.tokens, model.head_dim
         )

@@ -39,7 +39,7 @@ def check(
 ) -> Iterator[Outcome]:
     """Each case's outcome as it comes; only what passes is timed. Raises nothing."""
     for case in cases:
-        yield _outcome(case, ops, LIMITS[dtype], timer)
+        yield _outcome(case, ops, dtype, timer)
 
 
 def failed_outcome(case: Case, failure: str, is_lasting: bool = True) -> Outcome:
@@ -55,10 +55,10 @@ def failed_outcome(case: Case, failure: str, is_lasting: bool = True) -> Outcome
     )
 
 
-def _outcome(case: Case, ops: Ops, limit: float, timer: Timer | None) -> Outcome:
+def _outcome(case: Case, ops: Ops, dtype: torch.dtype, timer: Timer | None) -> Outcome:
     try:
-        prepared = case.prepare()
-        error, failure = _judge(prepared, ops, limit)
+        prepared = case.prepare(ops.granule_form(dtype))
+        error, failure = _judge(prepared, ops, LIMITS[dtype])
         seconds = None
         if timer is not None and failure is None:
             seconds = timer(lambda: prepared.call(ops))

@@ -7,6 +7,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from loraplex_kernels.granules import GranuleForm
 from loraplex_kernels.nf4 import BaseWeight
 from loraplex_kernels.segments import Segment
 from loraplex_kernels.tables import AdapterTables
@@ -37,6 +38,7 @@ class LoraInput:
 
     arena: Tensor  # uint8 [arena bytes]
     dtype: torch.dtype  # of the adapters' weights in the arena
+    form: GranuleForm  # in which they lie there
     tables: AdapterTables
     has_adapters: bool  # False: no row has one, so that nothing need be done
     has_output_scales: bool  # whether a row's adapter scales outputs (DoRA)
@@ -71,6 +73,9 @@ class Ops(Protocol):
 
     name: str
     uses_tiles: bool  # whether `LoraInput.tiles`, `query_start_table`, `query_tiles` are read
+
+    def granule_form(self, dtype: torch.dtype) -> GranuleForm:
+        """How adapters' weights of this type must lie in the arena."""
 
     @property
     def can_be_captured(self) -> bool:

@@ -4,10 +4,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from loraplex_kernels.granules import GranuleForm
 from loraplex_kernels.nf4 import BaseWeight
 from loraplex_kernels.ops import AttentionInput, LoraInput, Projection
 from loraplex_kernels.segments import Segment
-from loraplex_kernels.tables import GRANULE_RANK, view
+from loraplex_kernels.tables import view
 
 
 class TorchOps:
@@ -16,6 +17,9 @@ class TorchOps:
     name = "torch"
     uses_tiles = False
     can_be_captured = False
+
+    def granule_form(self, dtype: torch.dtype) -> GranuleForm:
+        return GranuleForm.ROWS
 
     def add_rms_norm(
         self, residual: Tensor, delta: Tensor | None, weight: Tensor, eps: float, out: Tensor
@@ -136,8 +140,8 @@ class TorchOps:
         for projection in projections:
             update: Tensor | None = None
             for a, b, scale in lora.tables.granules(segment.slot, layer, projection.module):
-                a_weight = view(lora.arena, a, GRANULE_RANK, x.shape[1], lora.dtype)
-                b_weight = view(lora.arena, b, GRANULE_RANK, projection.width, lora.dtype)
+                a_weight = lora.form.read_a(lora.arena, a, x.shape[1], lora.dtype)
+                b_weight = lora.form.read_b(lora.arena, b, projection.width, lora.dtype)
                 v = (rows.to(lora.dtype) @ a_weight.T).float() * scale
                 product = v.to(lora.dtype) @ b_weight
                 update = product if update is None else update.float() + product

@@ -6,18 +6,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-GRANULE_RANK = 16
-"""Ranks are stored and computed 16 at a time; the last granule of a matrix is padded with zeros."""
+from loraplex_kernels.granules import GRANULE_RANK
 
 
 class Granule(NamedTuple):
-    """16 ranks of one module of one layer: `a` and `b` are byte offsets in the arena."""
+    """16 ranks of one module of one layer: `a` and `b` are byte offsets in the arena.
+
+    There lie A [16, K] and B^T [16, N], in a `GranuleForm`.
+    """
 
     layer: int
     module: int
     part: int  # which 16 ranks of this module
-    a: int  # A[16, K], row-major
-    b: int  # B^T[16, N], row-major
+    a: int
+    b: int
     scale: float  # alpha / r or alpha / sqrt(r)
 
 

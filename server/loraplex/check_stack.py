@@ -11,11 +11,12 @@ import torch
 from loraplex_kernels.bitsandbytes import functional
 from loraplex_kernels.cases import Case, ModelShapes, Prepared
 from loraplex_kernels.cases.memory import Memory
+from loraplex_kernels.granules import GRANULE_RANK, GranuleForm
 from loraplex_kernels.nf4 import BLOCK_SIZE, BaseWeight, NF4Weight
 from loraplex_kernels.ops import Ops
 from loraplex_kernels.reference import TorchOps
 from loraplex_kernels.segments import NO_ADAPTER
-from loraplex_kernels.tables import GRANULE_RANK, AdapterTables, Granule, OutputScale, view
+from loraplex_kernels.tables import AdapterTables, Granule, OutputScale, view
 from torch import Tensor
 
 from loraplex.engine.batch import DeviceMemory, build_input
@@ -51,7 +52,7 @@ def stack_case(shapes: ModelShapes, dtype: torch.dtype, max_rank: int) -> Case:
         name=f"{NUM_LAYERS} layers, {NUM_SLOTS} adapters, decode and chunks",
         num_rows=len(SLOTS),
         bytes_moved=_bytes_moved(shapes, dtype.itemsize, max_rank),
-        prepare=lambda: _PreparedStack(shapes, dtype, max_rank),
+        make=lambda form: _PreparedStack(shapes, dtype, max_rank, form),
     )
 
 
@@ -105,9 +106,11 @@ def _rows(block_tokens: int) -> list[Scheduled]:
 
 
 class _PreparedStack(Prepared):
-    def __init__(self, shapes: ModelShapes, dtype: torch.dtype, max_rank: int) -> None:
+    def __init__(
+        self, shapes: ModelShapes, dtype: torch.dtype, max_rank: int, form: GranuleForm
+    ) -> None:
         self._shapes, self._max_rank = shapes, max_rank
-        self.memory = Memory(CPU, dtype, fill=True)
+        self.memory = Memory(CPU, dtype, fill=True, form=form)
         self._weights = [_weights(shapes, self.memory) for _ in range(NUM_LAYERS)]
         hidden = shapes.hidden_size
         self._norms = [1 + self._normal(hidden) / 8 for _ in range(2 * NUM_LAYERS + 1)]
@@ -150,7 +153,7 @@ class _PreparedStack(Prepared):
         cache = self._cache if dtype == self.memory.dtype else self._cache.to(dtype)
         arena, tables = _adapters(config, memory, _ranks(self._max_rank), self._max_rank)
         block_tokens = self._shapes.block_tokens
-        return _Form(decoder, DeviceMemory(arena, dtype, tables, block_tokens), cache)
+        return _Form(decoder, DeviceMemory(arena, dtype, memory.form, tables, block_tokens), cache)
 
 
 def _config(shapes: ModelShapes) -> ModelConfig:
@@ -189,25 +192,24 @@ def _adapters(
     """Every slot's, in all layers, the same in each dtype; SCALED_SLOT scales what it touches."""
     rng = torch.Generator().manual_seed(11)
     dtype, shapes = memory.dtype, config.module_shapes
-    size = GRANULE_RANK * max(max(shape) for shape in shapes) * max(dtype.itemsize, 4)
+    size = memory.form.num_bytes(max(max(shape) for shape in shapes), torch.float32)
     granules = sum(-(-rank // GRANULE_RANK) for own in ranks for rank in own)
     pieces = config.num_layers * (2 * granules + len(MODULES))
     arena = memory.poisoned(pieces * size, dtype=torch.uint8)
     tables = AdapterTables(NUM_SLOTS, config.num_layers, len(MODULES), max_rank, CPU)
     places = iter(index * size for index in memory.shuffled(pieces))
 
-    def laid(rows: int, width: int, std: float) -> int:
-        place = next(places)
-        target = view(arena, place, GRANULE_RANK, width, dtype).zero_()
-        target[:rows] = (torch.randn(rows, width, generator=rng) * std).bfloat16()
-        return place
+    def normal(rows: int, width: int, std: float) -> Tensor:
+        return (torch.randn(rows, width, generator=rng) * std).bfloat16().to(dtype)
 
     def granules_of(own: Sequence[int]) -> Iterator[Granule]:
         for layer in range(config.num_layers):
             for module, ((n, k), rank) in enumerate(zip(shapes, own, strict=True)):
                 for part in range(-(-rank // GRANULE_RANK)):
                     rows = min(rank - part * GRANULE_RANK, GRANULE_RANK)
-                    a, b = laid(rows, k, k**-0.5), laid(rows, n, rank**-0.5)
+                    a, b = next(places), next(places)
+                    memory.form.write_a(arena, a, normal(rows, k, k**-0.5))
+                    memory.form.write_b(arena, b, normal(rows, n, rank**-0.5))
                     yield Granule(layer, module, part, a, b, 0.75)
 
     def scales() -> Iterator[OutputScale]:

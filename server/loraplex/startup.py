@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 
 import torch
 from loraplex_kernels.dispatch import cpu_ops, interpreted_ops, multiplies_codes
+from loraplex_kernels.granules import GRANULE_RANK
 from loraplex_kernels.native import is_built
 from loraplex_kernels.ops import Ops
 from loraplex_kernels.reference import TorchOps
 from loraplex_kernels.stack import StepLimits
-from loraplex_kernels.tables import GRANULE_RANK, AdapterTables
+from loraplex_kernels.tables import AdapterTables
 
 from loraplex.adapters.loader import AdapterLoader, Blobs, as_is
 from loraplex.adapters.packing import Layout, PackedAdapter, place
@@ -225,9 +226,10 @@ def warn_of_little(base: Base, memory: Memory) -> None:
 
 
 def _common_adapter_blocks(base: Base, block_bytes: int) -> int:
-    itemsize = base.decoder.dtype.itemsize
+    dtype = base.decoder.dtype
+    form = base.ops.granule_form(dtype)
     sizes = [
-        GRANULE_RANK * features * itemsize
+        form.num_bytes(features, dtype)
         for linear in base.config.linears()
         for features in (linear.in_features, linear.out_features)
     ]
@@ -372,7 +374,8 @@ def _capture_graphs(runner: ModelRunner, ops: Ops) -> None:
 
 
 def layout_of(base: Base, memory: Memory) -> Layout:
-    return Layout(memory.block.size, base.decoder.dtype)
+    dtype = base.decoder.dtype
+    return Layout(memory.block.size, dtype, base.ops.granule_form(dtype))
 
 
 def model_info(config: ServeConfig, base: Base, memory: Memory) -> ModelInfo:

@@ -155,6 +155,7 @@ class Harness:
         config = RunnerConfig(num_blocks, BATCH, MAX_RANK, MAX_ROWS, MAX_ROWS, CPU)
         self._runner = ModelRunner(self._decoder, ops, config)
         self._block = block_shape(decoder.config, decoder.dtype, decoder.dtype)
+        self._layout = Layout(self._block.size, decoder.dtype, ops.granule_form(decoder.dtype))
         self._linears = {s.name: BaseLinear(*s) for s in decoder.config.adaptable()}
         self._base_weights = decoder.base_weight
         self._specs: dict[str, AdapterSpec] = {}  # by digest, as these
@@ -217,9 +218,8 @@ class Harness:
         config = read_config((folder / "adapter_config.json").read_text(), MAX_RANK)
         weights = folder / "adapter_model.safetensors"
         spec = read_adapter(weights, config, self._linears, MAX_RANK)
-        layout = Layout(self._block.size, self._decoder.dtype)
         self._specs[digest_of(adapter)] = spec
-        self._packed[digest_of(adapter)] = pack(weights, spec, layout, self._base_weights)
+        self._packed[digest_of(adapter)] = pack(weights, spec, self._layout, self._base_weights)
 
 
 def _members(adapter: Adapter) -> tuple[tuple[str, float], ...]:

@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from loraplex_kernels.granules import GRANULE_RANK, GranuleForm
 from loraplex_kernels.ops import AttentionInput, LoraInput, Projection
 from loraplex_kernels.segments import NO_ADAPTER, segments_of
-from loraplex_kernels.tables import GRANULE_RANK, AdapterTables, Granule, OutputScale, view
+from loraplex_kernels.tables import AdapterTables, Granule, OutputScale, view
 from torch import Tensor
 
 CPU = torch.device("cpu")
@@ -45,6 +46,7 @@ class Bank:
     arena: Tensor
     tables: AdapterTables
     dtype: torch.dtype
+    form: GranuleForm
     matrices: dict[tuple[int, int, int], tuple[Tensor, Tensor, float]]  # A [r, K], B [n, r], scale
     output_scales: dict[tuple[int, int, int], Tensor]  # fp32 [n]
 
@@ -54,6 +56,7 @@ class Bank:
         return LoraInput(
             arena=self.arena,
             dtype=self.dtype,
+            form=self.form,
             tables=self.tables,
             has_adapters=bool(segments),
             has_output_scales=not self.tables.scaled_slots.isdisjoint(slots),
@@ -86,9 +89,10 @@ def bank_of(
     rng: torch.Generator,
     k: int = K,
     projections: tuple[Projection, ...] = PROJECTIONS,
+    form: GranuleForm = GranuleForm.ROWS,
 ) -> Bank:
     widest = max(k, *(projection.width for projection in projections))
-    room = -(-GRANULE_RANK * widest * dtype.itemsize // 64) * 64 + 64
+    room = -(-form.num_bytes(widest, dtype) // 64) * 64 + 64
     arena = poison(200 * room)
     tables = AdapterTables(len(RANKS), LAYERS, MODULES, 64, CPU)
     places = iter((torch.randperm(200, generator=rng) * room).tolist())
@@ -106,8 +110,9 @@ def bank_of(
                 matrices[slot, layer, module] = (a, b, scale)
                 for part in range(-(-rank // GRANULE_RANK)):
                     a_at, b_at = next(places), next(places)
-                    lay(arena, a_at, a, part, dtype)
-                    lay(arena, b_at, b.T, part, dtype)
+                    own = slice(part * GRANULE_RANK, (part + 1) * GRANULE_RANK)
+                    form.write_a(arena, a_at, a[own].to(dtype))
+                    form.write_b(arena, b_at, b.T[own].to(dtype))
                     granules.append(Granule(layer, module, part, a_at, b_at, scale))
         scales: list[OutputScale] = []
         for module, _, width in projections:
@@ -116,14 +121,7 @@ def bank_of(
                 scales.append(OutputScale(1, module, next(places)))
                 view(arena, scales[-1].offset, 1, width, torch.float32).copy_(factor)
         tables.write(slot, granules, scales)
-    return Bank(projections, arena, tables, dtype, matrices, output_scales)
-
-
-def lay(arena: Tensor, offset: int, matrix: Tensor, part: int, dtype: torch.dtype) -> None:
-    rows = matrix[part * GRANULE_RANK : (part + 1) * GRANULE_RANK]
-    target = view(arena, offset, GRANULE_RANK, matrix.shape[1], dtype)
-    target.zero_()
-    target[: rows.shape[0]] = rows.to(dtype)
+    return Bank(projections, arena, tables, dtype, form, matrices, output_scales)
 
 
 def zipf(num_rows: int, rng: torch.Generator) -> list[int]:

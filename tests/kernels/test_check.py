@@ -7,6 +7,7 @@ import torch
 from loraplex_kernels.cases import TINY, Case, CaseMaker, ModelShapes, Prepared, cases
 from loraplex_kernels.check import Outcome, check
 from loraplex_kernels.gpu.ops import KERNELS
+from loraplex_kernels.granules import GranuleForm
 from loraplex_kernels.reference import TorchOps
 from loraplex_kernels.timing import copy_bytes_per_second, time_on_cpu
 from loraplex_kernels.verdicts import failures_of
@@ -66,10 +67,10 @@ def test_too_little_memory_says_nothing_of_a_kernel(raised: Exception) -> None:
 
 
 def test_a_case_that_cannot_be_prepared_fails() -> None:
-    def prepare() -> Prepared:
+    def make(form: GranuleForm) -> Prepared:
         raise RuntimeError("no such device")
 
-    (outcome,) = check([Case("lora", "", 1, 1, prepare)], TorchOps(), torch.float32)
+    (outcome,) = check([Case("lora", "", 1, 1, make)], TorchOps(), torch.float32)
     assert outcome.failure == "RuntimeError: no such device"
 
 

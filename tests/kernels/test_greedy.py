@@ -12,6 +12,7 @@ from loraplex.engine.step import Drawn, Scheduled
 from loraplex.model.config import ModelConfig, Rope
 from loraplex.model.decoder import Activations, Decoder, DecoderInput, DecoderLayer
 from loraplex.model.linear import Linear
+from loraplex_kernels.granules import GranuleForm
 from loraplex_kernels.native import NativeOps
 from loraplex_kernels.nf4 import BaseWeight, NF4Weight
 from loraplex_kernels.ops import Ops, Projection
@@ -130,7 +131,9 @@ class Head:
             rows.append(Scheduled(sequence, 0, 1, samples=True))
         arena = self._cache.view(torch.uint8).view(-1)
         tables = AdapterTables(1, 1, 7, 16, CPU)
-        return build_input(rows, DeviceMemory(arena, torch.bfloat16, tables, BLOCK_TOKENS))
+        return build_input(
+            rows, DeviceMemory(arena, torch.bfloat16, GranuleForm.ROWS, tables, BLOCK_TOKENS)
+        )
 
     def expected(self, token_ids: list[int]) -> list[int]:
         step = self._input(token_ids)

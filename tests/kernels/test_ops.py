@@ -12,7 +12,6 @@ from loraplex_kernels.native import NativeOps
 from loraplex_kernels.ops import AttentionInput, Ops, Projection
 from loraplex_kernels.reference import TorchOps
 from loraplex_kernels.segments import NO_ADAPTER
-from loraplex_kernels.tables import GRANULE_RANK, view
 from torch import Tensor
 
 from tests.kernels.inputs import (
@@ -62,8 +61,8 @@ def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
 
 
 @pytest.fixture(params=DTYPES)
-def bank(request: pytest.FixtureRequest, rng: torch.Generator) -> Bank:
-    return bank_of(request.param, rng)
+def bank(request: pytest.FixtureRequest, ops: Ops, rng: torch.Generator) -> Bank:
+    return bank_of(request.param, rng, form=ops.granule_form(request.param))
 
 
 @pytest.mark.parametrize("popularity", POPULARITY)
@@ -90,7 +89,12 @@ def test_lora_of_other_sizes(
     projections: tuple[Projection, ...],
     rng: torch.Generator,
 ) -> None:
-    check_lora(ops, bank_of(dtype, rng, k, projections), rng, [1, 4, *[3] * 21, -1, 0, 2])
+    check_lora(
+        ops,
+        bank_of(dtype, rng, k, projections, ops.granule_form(dtype)),
+        rng,
+        [1, 4, *[3] * 21, -1, 0, 2],
+    )
 
 
 def test_lora_keeps_a_sick_adapter_in_its_own_rows(
@@ -98,8 +102,11 @@ def test_lora_keeps_a_sick_adapter_in_its_own_rows(
 ) -> None:
     slots = [0, 3, 3, 1, -1, 0]
     for a, b, _ in bank.tables.granules(3, 1, 0):
-        view(bank.arena, a, GRANULE_RANK, K, bank.dtype)[0, 5] = torch.nan
-        view(bank.arena, b, GRANULE_RANK, 40, bank.dtype)[2] = torch.inf
+        sick_a = bank.form.read_a(bank.arena, a, K, bank.dtype).clone()
+        sick_b = bank.form.read_b(bank.arena, b, 40, bank.dtype).clone()
+        sick_a[0, 5], sick_b[2] = torch.nan, torch.inf
+        bank.form.write_a(bank.arena, a, sick_a)
+        bank.form.write_b(bank.arena, b, sick_b)
     x = torch.randn(len(slots), K, generator=rng).to(bank.dtype)
     x[5] = torch.inf
     y = torch.zeros(len(slots), N, dtype=bank.dtype)
@@ -128,7 +135,7 @@ def check_lora(ops: Ops, bank: Bank, rng: torch.Generator, slots: list[int]) -> 
 def test_lora_in_bf16_rounds_as_little_as_plain_products(
     ops: Ops, rng: torch.Generator, num_rows: int
 ) -> None:
-    bank = bank_of(torch.bfloat16, rng)
+    bank = bank_of(torch.bfloat16, rng, form=ops.granule_form(torch.bfloat16))
     x = torch.randn(num_rows, K, generator=rng).to(bank.dtype)
     y = torch.zeros(num_rows, N, dtype=bank.dtype)
     slots = [3] * num_rows  # rank 64: four granules
@@ -392,8 +399,12 @@ if HAS_COMPILER:
         out = attend(native, data, data.qkv, data.where, window)
         assert_close(out, attend(TorchOps(), wide, wide.qkv, wide.where, window), dtype)
 
-    def test_native_lora_row_by_row(native: NativeOps, bank: Bank, rng: torch.Generator) -> None:
-        """Segments about the sizes at which vectors give way to tiles, and a tile is full."""
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_native_lora_row_by_row(
+        native: NativeOps, dtype: torch.dtype, rng: torch.Generator
+    ) -> None:
+        """Segments about the sizes at which few rows are many, and a tile is full."""
+        bank = bank_of(dtype, rng, form=native.granule_form(dtype))
         slots = [*POPULARITY["zipf"](41, rng), *[3] * 4, -1, *[1] * 5, *[4] * 16, *[3] * 17]
         x = torch.randn(len(slots), K, generator=rng).to(bank.dtype)
         y = torch.randn(len(slots), N, generator=rng).to(bank.dtype)

@@ -9,16 +9,17 @@ import torch
 from loraplex.model.config import MODULES, ModelConfig, Rope
 from loraplex.model.decoder import Activations, Decoder, DecoderInput, DecoderLayer
 from loraplex.model.linear import Linear
+from loraplex_kernels.granules import GRANULE_RANK, GranuleForm
 from loraplex_kernels.native import NativeOps
 from loraplex_kernels.nf4 import BaseWeight, NF4Weight
 from loraplex_kernels.ops import AttentionInput, LoraInput, Ops, Projection
 from loraplex_kernels.reference import TorchOps
 from loraplex_kernels.segments import NO_ADAPTER, segments_of
 from loraplex_kernels.stack import StepLimits
-from loraplex_kernels.tables import GRANULE_RANK, AdapterTables, Granule, OutputScale, view
+from loraplex_kernels.tables import AdapterTables, Granule, OutputScale, view
 from torch import Tensor
 
-from tests.kernels.inputs import lay, poison
+from tests.kernels.inputs import poison
 from tests.kernels.tiles import HAS_TILES
 
 CPU = torch.device("cpu")
@@ -110,7 +111,7 @@ class Weights:
         rounded = None if bias is None else bias.bfloat16().to(dtype)
         return Linear(BaseWeight(weight, dense), rounded, projections)
 
-    def tables(self, dtype: torch.dtype) -> tuple[Tensor, AdapterTables]:
+    def tables(self, dtype: torch.dtype, form: GranuleForm) -> tuple[Tensor, AdapterTables]:
         room = GRANULE_RANK * 256 * dtype.itemsize
         arena = poison(800 * room)
         tables = AdapterTables(len(RANKS), CONFIG.num_layers, len(MODULES), 64, CPU)
@@ -121,8 +122,9 @@ class Weights:
                 for module, (a, b) in enumerate(matrices):
                     for part in range(-(-len(a) // GRANULE_RANK)):
                         a_at, b_at = next(places), next(places)
-                        lay(arena, a_at, a.bfloat16(), part, dtype)
-                        lay(arena, b_at, b.T.bfloat16(), part, dtype)
+                        ranks = slice(part * GRANULE_RANK, (part + 1) * GRANULE_RANK)
+                        form.write_a(arena, a_at, a[ranks].bfloat16().to(dtype))
+                        form.write_b(arena, b_at, b.T[ranks].bfloat16().to(dtype))
                         granules.append(Granule(layer, module, part, a_at, b_at, 0.5 + slot / 4))
             scales = []
             for (of, layer, module), factor in self.scales.items():
@@ -139,7 +141,8 @@ class Sequences:
     def __init__(self, weights: Weights, dtype: torch.dtype, ops: Ops, is_dense: bool) -> None:
         self._decoder = weights.decoder(dtype, is_dense)
         self._ops = ops
-        self._arena, self._tables = weights.tables(dtype)
+        self._form = ops.granule_form(dtype)
+        self._arena, self._tables = weights.tables(dtype, self._form)
         shape = (CONFIG.num_layers, 2, CONFIG.num_kv_heads, BLOCK_TOKENS, CONFIG.head_dim)
         self._cache = torch.full((NUM_BLOCKS, *shape), torch.nan, dtype=dtype)
         self._memory = Activations.allocate(CONFIG, dtype, CPU, 200, 200)
@@ -184,6 +187,7 @@ class Sequences:
             lora=LoraInput(
                 arena=self._arena,
                 dtype=self._decoder.dtype,
+                form=self._form,
                 tables=self._tables,
                 has_adapters=bool(segments),
                 has_output_scales=any(slot in SCALED for slot in slots),

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from loraplex_kernels.tables import GRANULE_RANK, AdapterTables, Granule, OutputScale, view
+from loraplex_kernels.granules import GRANULE_RANK
+from loraplex_kernels.tables import AdapterTables, Granule, OutputScale, view
 
 
 def tables(num_slots: int = 3, max_rank: int = 40) -> AdapterTables:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from loraplex_kernels.cases import Case, ModelShapes, Prepared
 from loraplex_kernels.check import Outcome, failed_outcome
+from loraplex_kernels.granules import GranuleForm
 from loraplex_kernels.verdicts import (
     FOLDER,
     Environment,
@@ -28,11 +29,11 @@ KEY = VerdictKey(
 )
 
 
-def prepare() -> Prepared:
+def make(form: GranuleForm) -> Prepared:
     raise AssertionError
 
 
-FAILED = failed_outcome(Case("attention", "prefill", 512, 1, prepare), "off by 3e-01")
+FAILED = failed_outcome(Case("attention", "prefill", 512, 1, make), "off by 3e-01")
 PASSED = replace(FAILED, kernel="lora", failure=None, error=1e-3)
 SHORT = replace(FAILED, is_lasting=False)
 

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from loraplex_kernels.cases.memory import Memory
 from loraplex_kernels.cases.shapes import NUM_MODULES, LinearShape
+from loraplex_kernels.granules import GRANULE_RANK
 from loraplex_kernels.ops import LoraInput, LoraTiles, Projection
 from loraplex_kernels.segments import NO_ADAPTER, pad_tiles, segments_of, tiles_of
-from loraplex_kernels.tables import GRANULE_RANK, AdapterTables, Granule, OutputScale, view
+from loraplex_kernels.tables import AdapterTables, Granule, OutputScale, view
 
 GAP = 256
 """Bytes of NaN between two pieces of the arena."""
@@ -39,8 +40,13 @@ class Adapters:
         self._memory = memory
         self._linear = linear
         self.layer = bank.num_layers - 1
-        size = (linear.in_features + max(p.width for p in linear.projections)) * GRANULE_RANK
-        self._piece = -(-size * memory.dtype.itemsize // GAP) * GAP + GAP  # one granule's A and B
+        widest = max(p.width for p in linear.projections)
+        a_size, b_size = (
+            memory.form.num_bytes(features, memory.dtype)
+            for features in (linear.in_features, widest)
+        )
+        self._b_place = -(-a_size // GAP) * GAP
+        self._piece = self._b_place + -(-b_size // GAP) * GAP + GAP  # one granule's A and B
         pieces = sum(-(-rank // GRANULE_RANK) for own in bank.ranks for rank in own)
         pieces += sum(map(sum, bank.scaled))
         self._arena = memory.poisoned(
@@ -69,17 +75,14 @@ class Adapters:
         self, slot: int, projection: Projection, part: int, rank: int, offset: int
     ) -> Granule:
         """Place one granule; its ranks beyond `rank` are zero."""
-        in_features, dtype = self._linear.in_features, self._memory.dtype
-        b_offset = offset + -(-in_features * GRANULE_RANK * dtype.itemsize // GAP) * GAP
-        if self._memory.fill:
+        in_features, memory = self._linear.in_features, self._memory
+        b_offset = offset + self._b_place
+        if memory.fill:
             real = min(rank - part * GRANULE_RANK, GRANULE_RANK)
-            for at, width, std in (
-                (offset, in_features, in_features**-0.5),
-                (b_offset, projection.width, rank**-0.5),
-            ):
-                target = view(self._arena, at, GRANULE_RANK, width, dtype)
-                target.zero_()
-                target[:real] = self._memory.normal(real, width, std=std)
+            a = memory.normal(real, in_features, std=in_features**-0.5)
+            b = memory.normal(real, projection.width, std=rank**-0.5)
+            memory.form.write_a(self._arena, offset, a)
+            memory.form.write_b(self._arena, b_offset, b)
         scale = 0.5 + slot % 8 / 8
         return Granule(self.layer, projection.module, part, offset, b_offset, scale)
 
@@ -103,6 +106,7 @@ class Adapters:
         return LoraInput(
             arena=self._arena,
             dtype=self._memory.dtype,
+            form=self._memory.form,
             tables=self._tables,
             has_adapters=bool(segments),
             has_output_scales=not self._tables.scaled_slots.isdisjoint(slots),
@@ -117,15 +121,15 @@ class Adapters:
 
     def update(self, x: Tensor, slots: Sequence[int]) -> Tensor:
         """fp32 [rows, out]: sum of `scale * B (A x)` of each row's adapter."""
-        dtype, in_features = self._memory.dtype, self._linear.in_features
+        form, dtype = self._memory.form, self._memory.dtype
         result = torch.zeros(x.shape[0], self._linear.out_features, device=x.device)
         for slot, lo, hi in segments_of(slots):
             for module, column, width in self._linear.projections:
                 for a, b, scale in self._tables.granules(slot, self.layer, module):
-                    a_weight = view(self._arena, a, GRANULE_RANK, in_features, dtype).float()
-                    b_weight = view(self._arena, b, GRANULE_RANK, width, dtype).float()
-                    v = x[lo:hi].float() @ a_weight.T
-                    result[lo:hi, column : column + width] += scale * (v @ b_weight)
+                    a_weight = form.read_a(self._arena, a, x.shape[1], dtype)
+                    b_weight = form.read_b(self._arena, b, width, dtype)
+                    v = x[lo:hi].float() @ a_weight.T.float()
+                    result[lo:hi, column : column + width] += scale * (v @ b_weight.float())
         return result
 
     def scaled(self, y: Tensor, slots: Sequence[int]) -> Tensor:

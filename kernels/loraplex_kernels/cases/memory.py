@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from loraplex_kernels.granules import GranuleForm
+
 MARGIN = 4096
 """Bytes before and after each tensor; a multiple of every alignment that counts."""
 
@@ -23,10 +25,18 @@ class Memory:
     only compiles, or counts. Mutable: `_buffers`, every tensor made so far with its margins.
     """
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, fill: bool, seed: int = 7) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        fill: bool,
+        form: GranuleForm = GranuleForm.ROWS,
+        seed: int = 7,
+    ) -> None:
         self.device = device
         self.dtype = dtype
         self.fill = fill
+        self.form = form  # of adapters
         self._generator = torch.Generator(device).manual_seed(seed) if fill else None
         self._buffers: list[Tensor] = []
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from loraplex_kernels.cases.memory import Memory
+from loraplex_kernels.granules import GranuleForm
 from loraplex_kernels.ops import Ops
 
 
@@ -43,13 +44,17 @@ class Prepared(ABC):
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """`prepare` makes the tensors, each time anew. `kernel` is one of `gpu.ops.KERNELS`."""
+    """One call of an op. `kernel` is one of `gpu.ops.KERNELS`."""
 
     kernel: str
     name: str
     num_rows: int
     bytes_moved: int  # each byte that the op must touch, once
-    prepare: Callable[[], Prepared]
+    make: Callable[[GranuleForm], Prepared]
+
+    def prepare(self, form: GranuleForm = GranuleForm.ROWS) -> Prepared:
+        """Its tensors, each time anew; adapters in the form that the ops ask for."""
+        return self.make(form)
 
 
 def joined(*tensors: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from loraplex_kernels.cases.linear import PreparedLinear, PreparedLora, Prepared
 from loraplex_kernels.cases.memory import Memory
 from loraplex_kernels.cases.prepared import Case
 from loraplex_kernels.cases.shapes import SERVING, LinearShape, ModelShapes, Scale
+from loraplex_kernels.granules import GranuleForm
 from loraplex_kernels.nf4 import BLOCK_SIZE
 from loraplex_kernels.segments import LONG_TILE_ROWS, NO_ADAPTER
 
@@ -81,8 +82,8 @@ class CaseMaker:
         self.max_rank = max_rank
         self._fill = fill
 
-    def _memory(self) -> Memory:
-        return Memory(self._device, self._dtype, self._fill)
+    def _memory(self, form: GranuleForm) -> Memory:
+        return Memory(self._device, self._dtype, self._fill, form)
 
     def _bank(self, ranks: Ranks) -> Bank:
         return Bank(ranks, self.max_rank, self.shapes.num_layers)
@@ -101,7 +102,7 @@ class CaseMaker:
             "with delta" if has_delta else "first",
             rows,
             moved,
-            lambda: PreparedNorm(self._memory(), hidden, rows, has_delta),
+            lambda form: PreparedNorm(self._memory(form), hidden, rows, has_delta),
         )
 
     def rotary_and_cache(self, rows: int) -> Case:
@@ -114,7 +115,7 @@ class CaseMaker:
             "rows",
             rows,
             moved,
-            lambda: PreparedRotary(self._memory(), shapes, rows),
+            lambda form: PreparedRotary(self._memory(form), shapes, rows),
         )
 
     def attention(
@@ -133,7 +134,7 @@ class CaseMaker:
             name,
             rows,
             elements * shapes.head_dim * self._dtype.itemsize,
-            lambda: PreparedAttention(self._memory(), shapes, sequences, window),
+            lambda form: PreparedAttention(self._memory(form), shapes, sequences, window),
         )
 
     def silu_mul(self, rows: int) -> Case:
@@ -143,7 +144,7 @@ class CaseMaker:
             "rows",
             rows,
             3 * rows * inter * self._dtype.itemsize,
-            lambda: PreparedSilu(self._memory(), inter, rows),
+            lambda form: PreparedSilu(self._memory(form), inter, rows),
         )
 
     def lora(self, linear: LinearShape, ranks: Ranks, slots: Sequence[int]) -> Case:
@@ -160,7 +161,7 @@ class CaseMaker:
             f"{linear.name}, {_adapters(slots)}",
             len(slots),
             moved,
-            lambda: PreparedLora(self._memory(), linear, self._bank(ranks), slots),
+            lambda form: PreparedLora(self._memory(form), linear, self._bank(ranks), slots),
         )
 
     def scale_output(self, linear: LinearShape, scaled: Scaled, slots: Sequence[int]) -> Case:
@@ -174,7 +175,9 @@ class CaseMaker:
             f"{linear.name}, {_adapters(slots)}",
             len(slots),
             2 * elements * self._dtype.itemsize + 4 * factors,
-            lambda: PreparedScale(self._memory(), linear, self._scales(linear, scaled), slots),
+            lambda form: PreparedScale(
+                self._memory(form), linear, self._scales(linear, scaled), slots
+            ),
         )
 
     def nf4_linear(self, linear: LinearShape, ranks: Ranks, slots: Sequence[int]) -> Case:
@@ -188,7 +191,7 @@ class CaseMaker:
             f"{linear.name}, {_adapters(slots)}",
             len(slots),
             moved,
-            lambda: PreparedLinear(self._memory(), linear, self._bank(ranks), slots),
+            lambda form: PreparedLinear(self._memory(form), linear, self._bank(ranks), slots),
         )
 
 

@@ -23,9 +23,9 @@ from torch import Tensor
 
 from loraplex_kernels.gpu.launch import Launch, configs
 from loraplex_kernels.gpu.workspace import Workspace
+from loraplex_kernels.granules import GRANULE_RANK
 from loraplex_kernels.ops import LoraInput, Projection
 from loraplex_kernels.segments import LONG_TILE_ROWS, TILE_ROWS
-from loraplex_kernels.tables import GRANULE_RANK
 
 Length = Literal["short", "long"]
 """Which of the two tile lists; the configurations are "shrink_short", "expand_long", ..."""

@@ -26,10 +26,10 @@ from loraplex_kernels.gpu.launch import Launch, configs
 from loraplex_kernels.gpu.lora import weights_at
 from loraplex_kernels.gpu.nf4_decode import decode_by_permute, decode_by_shift, permute_operands
 from loraplex_kernels.gpu.workspace import Workspace
+from loraplex_kernels.granules import GRANULE_RANK
 from loraplex_kernels.nf4 import BLOCK_SIZE, NF4Weight
 from loraplex_kernels.ops import LoraInput, Projection
 from loraplex_kernels.segments import LONG_TILE_ROWS, TILE_ROWS
-from loraplex_kernels.tables import GRANULE_RANK
 
 MAX_ROWS = LONG_TILE_ROWS
 """Of x; so few that every segment is in short tiles."""

@@ -66,6 +66,16 @@ inline void to_rows(const Sums& sums, float* y) {
         }
 }
 
+// Some rows of one half and group: sums += y, which is [16 rows][16 outputs].
+inline void add_turned(__m512i* y, const Sums& sums, int half, int group, __mmask16 rows) {
+    transpose(y);
+    float* const to = sums.at + (half * 2 + group) * 256;
+    for (int64_t i = 0; i < kTile; ++i) {
+        const __m512 old = _mm512_load_ps(to + i * kTile);
+        _mm512_store_ps(to + i * kTile, _mm512_mask_add_ps(old, rows, old, _mm512_castsi512_ps(y[i])));
+    }
+}
+
 // The way back.
 inline void from_rows(const float* y, const Sums& sums) {
     for (int half = 0; half < sums.halves(); ++half)

@@ -2,11 +2,14 @@
 //
 // v = s A x goes to memory, a line of 16 ranks a row, projection and granule; B v is added to fp32 panels
 // of the output. Every row's sums are the same however many rows its adapter has in the batch.
+//
+// Granules lie as granules.py says: as operands where there are tiles and they are bf16, else in rows.
 
 #pragma once
 
 #include <atomic>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "amx.h"
@@ -19,12 +22,11 @@ namespace {
 constexpr int64_t kRank = 16;       // GRANULE_RANK
 constexpr int64_t kRows = 4;        // rows that share one pass over a granule in plain vectors
 constexpr int64_t kLoraRows = 16;   // rows of the batch that share one pass in tiles
-constexpr int64_t kFewRows = 4;     // up to which vectors are quicker than tiles at B v
-constexpr int64_t kChunks = 4;      // that one task shrinks, at most
+constexpr int64_t kFewRows = 4;     // up to which one tile holds all that B v needs of them
 constexpr int64_t kGroup = 4;       // granules whose sums are added up before they meet others
-constexpr int64_t kLineBytes = 64;  // of v: 16 floats, or 16 pairs of bf16 that add up to one (in tiles)
-static_assert(kRows == 4 && kFewRows == 4, "each count up to 4 is named where it is chosen");
-static_assert(kLoraRows == kTile && kRank * 4 == kLineBytes, "a line a row, of tiles");
+constexpr int64_t kLineBytes = 64;  // of v: 16 floats, or two times 16 bf16 that add up to them (in tiles)
+static_assert(kRows == 4, "each count up to 4 is named where it is chosen");
+static_assert(kLoraRows == kTile && kRank == kTile, "rows and ranks fill a tile");
 
 struct Tables {
     const int64_t* offset;
@@ -72,7 +74,6 @@ struct LoraPlan {
     std::vector<Segment> chunks;  // parts of segments, each of rows within one of the batch's groups of kLoraRows
     std::vector<Segment> owned;   // runs of rows with an adapter, whichever
     int64_t num_owned, num_slots;  // rows with an adapter, and different adapters
-    int64_t num_blocks;            // of up to kChunks chunks that one task shrinks, the same number for each thread
 
     // For those of so many rows that lie in [from, to).
     void build(const LoraStep& given, int64_t rows, int64_t from, int64_t to) {
@@ -96,16 +97,13 @@ struct LoraPlan {
                 chunks.push_back({all.slot, lo, hi});
             }
         }
-        const int64_t count = static_cast<int64_t>(chunks.size());
-        num_blocks = std::min(count, round_up((count + kChunks - 1) / kChunks, num_threads));
     }
     bool is_empty() const { return segments.empty(); }
-    // Of the tasks of a linear's first phase: block after block of chunks for each projection.
-    template <typename Visit>
-    void each_chunk(int64_t task, Visit&& visit) const {
-        const int64_t count = static_cast<int64_t>(chunks.size()), block = task % num_blocks;
-        for (int64_t i = block * count / num_blocks; i < (block + 1) * count / num_blocks; ++i)
-            visit(chunks[i], task / num_blocks);
+    // Of a linear's first phase: every chunk, for each projection.
+    int64_t num_tasks(int64_t num_projections) const { return static_cast<int64_t>(chunks.size()) * num_projections; }
+    std::pair<Segment, int64_t> task(int64_t index) const {  // the chunk, and which projection
+        const int64_t count = static_cast<int64_t>(chunks.size());
+        return {chunks[index % count], index / count};
     }
     Granules granules(int64_t slot, int64_t layer, int64_t module) const {
         const Tables& t = step.tables;
@@ -181,7 +179,7 @@ void shrink_rows(const Granules& granules, const T* x, int64_t k_size, int64_t r
                 default: shrink<kRows>(inputs.data(), a, granules.scales[g], shrunk, k_size);
             }
             for (int64_t j = 0; j < count; ++j)
-                std::memcpy(v + (lo + j) * v_stride + g * kLineBytes, shrunk[j], kLineBytes);
+                std::memcpy(v + (lo + j) * v_stride + g * kLineBytes, shrunk[j], sizeof(shrunk[j]));
         }
     }
 }
@@ -229,7 +227,6 @@ void expand_rows(const Granules& granules, const char* v, int64_t v_stride, int6
 
 }  // namespace
 
-#include "lora_few.h"
 #include "lora_tiles.h"
 
 namespace {
@@ -240,13 +237,13 @@ inline bool in_tiles() {
 }
 
 #if LORAPLEX_AMX
-inline void shrink_chunk(Shrinker& shrinker, const Granules& granules, const Segment& chunk, const bf16* packed,
-                         int64_t k, char* lines) {
+inline void shrink_chunk(const Granules& granules, const Segment& chunk, const bf16* packed, int64_t k, char* lines,
+                         int64_t stride, Stream& stream) {
     const int64_t first = chunk.lo % kLoraRows;
     const bf16* const rows = packed + (chunk.lo - first) * round_up(k, 32);
     for (int64_t g = 0; g < granules.count; ++g)
-        shrinker.add({granules.a<bf16>(g), rows, granules.scales[g], first, chunk.hi - chunk.lo,
-                      lines + g * kLineBytes});
+        shrink_in_tiles(granules.a<bf16>(g), rows, k, granules.scales[g], first, chunk.hi - chunk.lo,
+                        lines + g * kLineBytes, stride, stream);
 }
 #endif
 
@@ -256,25 +253,20 @@ inline void shrink_chunk(Shrinker& shrinker, const Granules& granules, const Seg
 template <typename T>
 void lora_shrink(const LoraPlan& plan, int64_t layer, const Projection* p, int64_t num_p, const T* x,
                  [[maybe_unused]] const bf16* packed, int64_t k, void* v, std::atomic<int64_t>& next) {
-    const int64_t stride = plan.row_bytes(num_p), count = plan.num_blocks * num_p;
+    const int64_t stride = plan.row_bytes(num_p), count = plan.num_tasks(num_p);
     for (int64_t task = next++; task < count; task = next++) {
+        const auto [chunk, i] = plan.task(task);
+        const Granules granules = plan.granules(chunk.slot, layer, p[i].module);
+        char* const lines = plan.line(v, chunk.lo, i, num_p);
 #if LORAPLEX_AMX
         if constexpr (std::is_same_v<T, bf16>)
             if (in_tiles<T>()) {
                 Stream nothing;
-                Shrinker shrinker(k, stride, nothing);
-                plan.each_chunk(task, [&](const Segment& chunk, int64_t i) {
-                    shrink_chunk(shrinker, plan.granules(chunk.slot, layer, p[i].module), chunk, packed, k,
-                                 plan.line(v, chunk.lo, i, num_p));
-                });
-                shrinker.flush();
+                shrink_chunk(granules, chunk, packed, k, lines, stride, nothing);
                 continue;
             }
 #endif
-        plan.each_chunk(task, [&](const Segment& chunk, int64_t i) {
-            shrink_rows(plan.granules(chunk.slot, layer, p[i].module), x + chunk.lo * k, k, chunk.hi - chunk.lo,
-                        plan.line(v, chunk.lo, i, num_p), stride);
-        });
+        shrink_rows(granules, x + chunk.lo * k, k, chunk.hi - chunk.lo, lines, stride);
     }
 }
 
@@ -300,12 +292,7 @@ void expanding(Visit&& visit) {
         if (in_tiles<T>()) {
             Stream nothing;
             Expander expander(nothing);
-            return visit([&](const Granules& granules, const char* v, int64_t stride, int64_t rows, const Target& to) {
-                if (rows <= kFewRows)
-                    expand_few(granules, v, stride, rows, to, nothing);
-                else
-                    expander.expand(granules, v, stride, rows, to);
-            });
+            return visit([&](auto&&... update) { expander.expand(update...); });
         }
 #endif
     visit([](auto&&... update) { expand_rows<T>(update...); });

@@ -1,19 +1,24 @@
 // The low-rank updates of a step's few rows an adapter, ahead of the products they belong to.
 //
 // What an update costs is its adapter's bytes. Adapter after adapter they stream in as they lie in memory;
-// fetched in pieces beside the base's panels they keep the processor's few outstanding misses busy, and the
-// base waits, too.
+// fetched beside the base's panels they keep the processor's few outstanding misses busy, and the base waits
+// as long as is saved.
 
 #pragma once
 
+#include <omp.h>
+
+#include "epilogue.h"
 #include "lora.h"
+#include "team.h"
 
 #if LORAPLEX_AMX
 
 namespace {
 
-constexpr int64_t kMostFew = 64;     // rows, at most
-constexpr int64_t kManyOfOne = 8;    // rows an adapter, on average: then its bytes are few beside the work
+constexpr int64_t kMostFew = 64;       // rows, at most
+constexpr int64_t kManyOfOne = 8;      // rows an adapter, on average: then its bytes are few beside the work
+constexpr int64_t kBytesAhead = 8192;  // of what is computed with, weights are asked for
 
 // Only with so many granules do both ways add up in one order: this one adds them up before they meet the base.
 inline bool are_few(const LoraPlan& plan) {
@@ -25,63 +30,30 @@ inline bool are_few(const LoraPlan& plan) {
 // through. Everything else as for `lora_shrink`.
 inline void lora_update(const LoraPlan& plan, int64_t layer, const Projection* p, int64_t num_p, const bf16* packed,
                         int64_t k, void* v, float* update, int64_t stride, std::atomic<int64_t>& next) {
-    const int64_t v_stride = plan.row_bytes(num_p), count = plan.num_blocks * num_p;
-    const auto granules_of = [&](const Segment& chunk, int64_t i) {
-        return plan.granules(chunk.slot, layer, p[i].module);
-    };
+    const int64_t v_stride = plan.row_bytes(num_p), count = plan.num_tasks(num_p);
+    const bool from_back = is_from_back(omp_get_thread_num());
     Stream stream;
-    const auto push_a = [&](int64_t task) {
-        if (task < count)
-            plan.each_chunk(task, [&](const Segment& chunk, int64_t i) {
-                const Granules granules = granules_of(chunk, i);
-                for (int64_t g = 0; g < granules.count; ++g) stream.push(granules.a<bf16>(g), kRank * k);
-            });
+    const auto take_task = [&] {
+        const int64_t task = take(next, count, from_back);
+        if (task == count) return task;
+        const auto [chunk, i] = plan.task(task);
+        const Granules granules = plan.granules(chunk.slot, layer, p[i].module);
+        for (int64_t g = 0; g < granules.count; ++g) stream.push(granules.a<bf16>(g), operand_size(k));
+        for (int64_t g = 0; g < granules.count; ++g) stream.push(granules.b<bf16>(g), operand_size(p[i].width));
+        return task;
     };
-    const auto push_b = [&](const Segment& chunk, int64_t i) {
-        const Granules granules = granules_of(chunk, i);
-        for (int64_t g = 0; g < granules.count; ++g) stream.push(granules.b<bf16>(g), kRank * p[i].width);
-    };
-    int64_t task = next++;
-    push_a(task);
-    stream.rest();
-    while (task < count) {
-        const int64_t following = next++;
-        Segment chunks[kChunks];
-        int64_t num_chunks = 0, i = 0;
-        plan.each_chunk(task, [&](const Segment& chunk, int64_t projection) {
-            chunks[num_chunks++] = chunk, i = projection;
-        });
-        push_b(chunks[0], i);
-        stream.over(k / 32);
-        {
-            Shrinker shrinker(k, v_stride, stream);
-            for (int64_t c = 0; c < num_chunks; ++c)
-                shrink_chunk(shrinker, granules_of(chunks[c], i), chunks[c], packed, k,
-                             plan.line(v, chunks[c].lo, i, num_p));
-            shrinker.flush();
-        }
-        stream.rest();
-        for (int64_t c = 0; c < num_chunks; ++c) {
-            const Segment& chunk = chunks[c];
-            const int64_t rows = chunk.hi - chunk.lo, width = p[i].width;
-            const Granules granules = granules_of(chunk, i);
-            if (c + 1 < num_chunks)
-                push_b(chunks[c + 1], i);
-            else
-                push_a(following);
-            stream.over(width / kTile);
-            float* const to = update + chunk.lo * stride + p[i].column;
-            for (int64_t j = 0; j < rows && granules.count == 0; ++j)
-                std::memset(to + j * stride, 0, width * sizeof(float));
-            const Target target{to, stride, 0, width, width, true};
-            const char* const lines = plan.line(v, chunk.lo, i, num_p);
-            if (rows <= kFewRows)
-                expand_few(granules, lines, v_stride, rows, target, stream);
-            else
-                Expander(stream).expand(granules, lines, v_stride, rows, target);
-            stream.rest();
-        }
-        task = following;
+    int64_t task = take_task();
+    stream.ahead(kBytesAhead, kTileElements * sizeof(bf16));
+    for (int64_t following; task < count; task = following) {
+        following = take_task();
+        const auto [chunk, i] = plan.task(task);
+        const Granules granules = plan.granules(chunk.slot, layer, p[i].module);
+        const int64_t rows = chunk.hi - chunk.lo, width = p[i].width;
+        char* const lines = plan.line(v, chunk.lo, i, num_p);
+        shrink_chunk(granules, chunk, packed, k, lines, v_stride, stream);
+        float* const to = update + chunk.lo * stride + p[i].column;
+        for (int64_t j = 0; j < rows && granules.count == 0; ++j) std::memset(to + j * stride, 0, width * sizeof(float));
+        Expander(stream).expand(granules, lines, v_stride, rows, {to, stride, 0, width, width, true});
     }
 }
 
@@ -99,6 +71,24 @@ inline void add_update(const LoraPlan& plan, const float* update, int64_t update
                 _mm512_mask_storeu_ps(to, mask, sum);
             }
         }
+}
+
+// The same to sums.
+inline void add_update(const LoraPlan& plan, const float* update, int64_t update_stride, const Sums& sums) {
+    for (int group = 0; group < sums.groups(); ++group) {
+        const int64_t first = sums.lo + group * kTile, last = std::min(first + kTile, sums.hi);
+        for (int half = 0; half < sums.halves(); ++half) {
+            const auto mask = static_cast<__mmask16>((1u << sums.panel.outputs[half]) - 1);
+            __m512i y[kTile] = {};
+            __mmask16 owned = 0;
+            for (const Segment& rows : plan.owned)
+                for (int64_t row = std::max(rows.lo, first); row < std::min(rows.hi, last); ++row) {
+                    y[row - first] = _mm512_maskz_loadu_epi32(mask, update + row * update_stride + sums.panel.first[half]);
+                    owned |= 1u << (row - first);
+                }
+            if (owned) add_turned(y, sums, half, group, owned);
+        }
+    }
 }
 
 }  // namespace

@@ -8,6 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from loraplex_kernels.granules import GranuleForm
 from loraplex_kernels.native.stack import NativeStack, is_covered
 from loraplex_kernels.nf4 import BaseWeight
 from loraplex_kernels.ops import AttentionInput, LoraInput, Projection
@@ -84,6 +85,10 @@ class NativeOps(TorchOps):
     def multiplies_codes(self) -> bool:
         """Whether products in bf16 are computed from the 4-bit codes by matrix tiles."""
         return self._nf4_linear is not None
+
+    def granule_form(self, dtype: torch.dtype) -> GranuleForm:
+        is_tiled = self.multiplies_codes and dtype == torch.bfloat16
+        return GranuleForm.OPERANDS if is_tiled else GranuleForm.ROWS
 
     def fuse(self, stack: Stack) -> LayerStack | None:
         if not self.multiplies_codes or not is_covered(stack):
@@ -207,6 +212,7 @@ class NativeOps(TorchOps):
     ) -> None:
         tables = lora.tables
         assert lora.segment_table is not None
+        assert lora.form is self.granule_form(lora.dtype)
         _, layers, modules, granules = tables.scale.shape
         self._call(
             "lora",

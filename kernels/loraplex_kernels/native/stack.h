@@ -277,7 +277,9 @@ class Stack::Worker {
         };
         const auto end = [&](const Sums& sums) {
             const bool has_few = !few.is_empty() && sums.lo < few.owned.back().hi;
-            const bool is_updated = !has_few && !l.bias && (rest.is_empty() || (by_chunks && chunks.add(sums)));
+            const bool is_plain = !l.bias && !step_.output_scale;
+            const bool is_updated = is_plain && !(of_rows && has_few) && (rest.is_empty() || (by_chunks && chunks.add(sums)));
+            if (is_updated && has_few) add_update(few, update, outputs, sums);
             if (of_rows || !is_updated) {
                 alignas(64) float y[kChunk * kPanel];
                 to_rows(sums, y);

@@ -8,8 +8,8 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from loraplex_kernels.granules import GRANULE_RANK, GranuleForm
 from loraplex_kernels.stack import Stack, StackedLinear, StackStep, StepLimits
-from loraplex_kernels.tables import GRANULE_RANK
 
 PHASES = (
     "norm",
@@ -197,6 +197,7 @@ class NativeStack:
         )
         if lora.has_adapters:
             assert lora.segment_table is not None
+            assert lora.form is GranuleForm.OPERANDS
             tables = lora.tables
             native.arena = lora.arena.data_ptr()
             native.offset = tables.offset.data_ptr()

@@ -17,6 +17,10 @@ class Stream {
     void push(const T* from, int64_t count) {
         const char* const at = reinterpret_cast<const char*>(from);
         const int64_t bytes = count * static_cast<int64_t>(sizeof(T));
+        if (last_ == kMost) {
+            std::copy(ranges_ + first_, ranges_ + last_, ranges_);
+            last_ -= first_, first_ = 0;
+        }
         if (last_ > first_ && ranges_[last_ - 1].end == at)
             ranges_[last_ - 1].end += bytes;
         else if (last_ < kMost)
@@ -27,7 +31,12 @@ class Stream {
     }
     // All in so many shares.
     void over(int64_t shares) { share_ = bytes_ / 64 / std::max<int64_t>(1, shares) + 1; }
-    void share() { ask(share_); }
+    // So much at once, and then as much with each share.
+    void ahead(int64_t first_bytes, int64_t bytes_a_share) {
+        ask(first_bytes / 64);
+        share_ = bytes_a_share / 64;
+    }
+    void share(int64_t count = 1) { ask(count * share_); }
     void rest() {
         ask(bytes_ / 64 + 1);
         first_ = last_ = bytes_ = share_ = 0;
@@ -42,9 +51,11 @@ class Stream {
     void ask(int64_t lines) {
         while (lines > 0 && first_ < last_) {
             Range& range = ranges_[first_];
-            for (; lines > 0 && range.at < range.end; --lines, range.at += 64)
-                __builtin_prefetch(range.at, 0, kIntoL2);
-            if (range.at >= range.end) ++first_;
+            const char *at = range.at, *const end = std::min(range.end, at + 64 * lines);
+            lines -= (end - at + 63) / 64;
+            for (; at < end; at += 64) __builtin_prefetch(at, 0, kIntoL2);
+            range.at = at;
+            if (at >= range.end) ++first_;
         }
     }
 

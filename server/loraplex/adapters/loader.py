@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from loraplex_kernels.tables import GRANULE_RANK
+from loraplex_kernels.granules import GRANULE_RANK
 from safetensors import SafetensorError
 
 from loraplex.adapters.packing import (

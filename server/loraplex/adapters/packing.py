@@ -1,10 +1,10 @@
 """An adapter's weights as the arena holds them: pieces laid into equal blocks.
 
-Per layer and module, A `[16, in]` and B^T `[16, out]` of each 16 ranks, the last ones padded with
-zero rows; a DoRA module's output scale fp32 [out]; embed_tokens' and lm_head's matrices cut into
-pieces of whole rows. Each piece starts on 64 bytes and none crosses a block's edge. Packed once;
-loading is a copy a block. The packed file is a cache: the uploaded safetensors and config stay the
-truth.
+Per layer and module, A and B of each 16 ranks, in the form that the ops ask for, the last ones
+padded with zeros; a DoRA module's output scale fp32 [out]; embed_tokens' and lm_head's matrices cut
+into pieces of whole rows. Each piece starts on 64 bytes and none crosses a block's edge. Packed
+once; loading is a copy a block. The packed file is a cache: the uploaded safetensors and config
+stay the truth.
 """
 
 import hashlib
@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from loraplex_kernels.tables import GRANULE_RANK, Granule, OutputScale
+from loraplex_kernels.granules import GRANULE_RANK, GranuleForm
+from loraplex_kernels.tables import Granule, OutputScale
 from loraplex_kernels.vocabulary import CutMatrix, Vocabulary, VocabularyLora
 from safetensors import safe_open
 from torch import Tensor
@@ -44,10 +45,13 @@ class Layout:
 
     block_bytes: int
     dtype: torch.dtype
+    form: GranuleForm = GranuleForm.ROWS
 
     @property
     def fingerprint(self) -> str:
-        text = f"{FORMAT} {GRANULE_RANK} {ALIGNMENT} {self.block_bytes} {self.dtype}"
+        text = (
+            f"{FORMAT} {GRANULE_RANK} {ALIGNMENT} {self.block_bytes} {self.dtype} {self.form.value}"
+        )
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -197,7 +201,7 @@ def _pieces(module: AdapterModule, layout: Layout) -> list[tuple[_Piece, int]]:
         ]
     features = (("a", base.in_features), ("b", base.out_features))
     pieces = [
-        (_Piece(base.name, part, index), GRANULE_RANK * width * size)
+        (_Piece(base.name, part, index), layout.form.num_bytes(width, layout.dtype))
         for index in range(num_granules(module.rank))
         for part, width in features
     ]
@@ -267,8 +271,10 @@ class _Packer:
         a, b = self._rounded(raw_a, module.a), self._rounded(raw_b, module.b).T
         for part in range(num_granules(module.rank)):
             ranks = slice(part * GRANULE_RANK, (part + 1) * GRANULE_RANK)
-            at_a = self._write(_Piece(name, "a", part), a[ranks])
-            at_b = self._write(_Piece(name, "b", part), b[ranks])
+            at_a = self._offsets[_Piece(name, "a", part)]
+            at_b = self._offsets[_Piece(name, "b", part)]
+            self._layout.form.write_a(self._data, at_a, a[ranks])
+            self._layout.form.write_b(self._data, at_b, b[ranks])
             self._granules.append(Granule(layer, index, part, at_a, at_b, module.scale))
         if module.magnitude is not None:
             scale = output_scale(

@@ -5,6 +5,7 @@ from collections.abc import Set
 from dataclasses import dataclass, field
 
 import torch
+from loraplex_kernels.granules import GranuleForm
 from loraplex_kernels.ops import QUERY_TILE, AttentionInput, LoraInput, LoraTiles
 from loraplex_kernels.segments import NO_ADAPTER, Segment, segments_of, tiles_of
 from loraplex_kernels.tables import AdapterTables
@@ -26,6 +27,7 @@ class DeviceMemory:
 
     arena: Tensor  # uint8 [num_blocks * block_bytes]
     adapter_dtype: torch.dtype
+    adapter_form: GranuleForm
     tables: AdapterTables
     block_tokens: int
     with_tiles: bool = False  # whether the ops ask for them
@@ -151,6 +153,7 @@ def _lora(slots: list[int], memory: DeviceMemory) -> LoraInput:
     return LoraInput(
         arena=memory.arena,
         dtype=memory.adapter_dtype,
+        form=memory.adapter_form,
         tables=memory.tables,
         has_adapters=bool(segments),
         has_output_scales=any(segment.slot in memory.tables.scaled_slots for segment in segments),

@@ -191,6 +191,7 @@ class DecodeInputs:
             lora=LoraInput(
                 arena=memory.arena,
                 dtype=memory.adapter_dtype,
+                form=memory.adapter_form,
                 tables=memory.tables,
                 has_adapters=True,
                 has_output_scales=False,

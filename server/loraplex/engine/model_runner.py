@@ -4,10 +4,11 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 import torch
+from loraplex_kernels.granules import GranuleForm
 from loraplex_kernels.ops import Ops
 from loraplex_kernels.pages import prefer_large_pages
 from loraplex_kernels.segments import LONG_TILE_ROWS
-from loraplex_kernels.tables import GRANULE_RANK, AdapterTables, OutputScale
+from loraplex_kernels.tables import AdapterTables, OutputScale
 from torch import Tensor
 
 from loraplex.adapters.packing import PackedAdapter, Placed, blended
@@ -36,10 +37,10 @@ class BlockShape:
 def block_shape(
     config: ModelConfig, kv_dtype: torch.dtype, adapter_dtype: torch.dtype
 ) -> BlockShape:
-    """The smallest block that holds the largest granule of a decoder layer's linears."""
+    """The smallest block that holds the largest granule of the layers' linears, in any form."""
     per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * kv_dtype.itemsize
     features = max(max(shape) for shape in config.module_shapes)
-    granule = GRANULE_RANK * features * adapter_dtype.itemsize
+    granule = max(form.num_bytes(features, adapter_dtype) for form in GranuleForm)
     tokens = BLOCK_QUANTUM
     while tokens * per_token < granule:
         tokens += BLOCK_QUANTUM
@@ -82,7 +83,9 @@ class ModelRunner:
         tables = AdapterTables(
             config.max_slots, model.num_layers, len(MODULES), config.max_rank, config.device
         )
-        self._memory = DeviceMemory(arena, dtype, tables, block.tokens, ops.uses_tiles)
+        self._memory = DeviceMemory(
+            arena, dtype, ops.granule_form(dtype), tables, block.tokens, ops.uses_tiles
+        )
         self._placed: dict[int, Placed] = {}
         self._num_threads = torch.get_num_threads()
         self._max_rows = config.max_rows

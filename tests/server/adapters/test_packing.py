@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -26,7 +27,8 @@ from loraplex.adapters.peft import AdapterSpec, BaseLinear, read_adapter, read_c
 from loraplex.engine.model_runner import block_shape
 from loraplex.errors import AdapterInvalidError
 from loraplex.model.config import MODULES, ModelConfig, Rope
-from loraplex_kernels.tables import GRANULE_RANK, AdapterTables, Granule, view
+from loraplex_kernels.granules import GRANULE_RANK, GranuleForm
+from loraplex_kernels.tables import AdapterTables, Granule, view
 from loraplex_kernels.vocabulary import CutMatrix
 from safetensors.torch import save_file
 from torch import Tensor
@@ -106,18 +108,22 @@ def in_arena(packed: PackedAdapter) -> tuple[Tensor, Placed]:
     return arena, packed.placed(blocks)
 
 
-def packed_twice(folder: Path, spec: AdapterSpec, base: BaseWeights = no_base) -> PackedAdapter:
+def packed_twice(
+    folder: Path, spec: AdapterSpec, base: BaseWeights = no_base, layout: Layout = LAYOUT
+) -> PackedAdapter:
     """As it comes back from its file."""
-    packed = pack(folder / FILE, spec, LAYOUT, base)
+    packed = pack(folder / FILE, spec, layout, base)
     save_packed(packed, folder / "packed.safetensors")
     again = open_packed(folder / "packed.safetensors")
     assert again.contents == packed.contents
     assert torch.equal(again.data, packed.data)
-    assert again.num_bytes == again.num_blocks * LAYOUT.block_bytes
+    assert again.num_bytes == again.num_blocks * layout.block_bytes
     return again
 
 
-def matrices(packed: PackedAdapter) -> dict[tuple[int, str], tuple[Tensor, Tensor, float]]:
+def matrices(
+    packed: PackedAdapter, layout: Layout
+) -> dict[tuple[int, str], tuple[Tensor, Tensor, float]]:
     """A and B^T with all their ranks and the scale, found through tables."""
     arena, placed = in_arena(packed)
     tables = AdapterTables(1, 2, len(MODULES), 64, torch.device("cpu"))
@@ -128,11 +134,11 @@ def matrices(packed: PackedAdapter) -> dict[tuple[int, str], tuple[Tensor, Tenso
         granules = tables.granules(0, linear.layer, MODULES.index(linear.module))
         if granules:
             a = [
-                view(arena, at, GRANULE_RANK, linear.in_features, LAYOUT.dtype)
+                layout.form.read_a(arena, at, linear.in_features, layout.dtype)
                 for at, _, _ in granules
             ]
             b = [
-                view(arena, at, GRANULE_RANK, linear.out_features, LAYOUT.dtype)
+                layout.form.read_b(arena, at, linear.out_features, layout.dtype)
                 for _, at, _ in granules
             ]
             (scale,) = {scale for _, _, scale in granules}
@@ -140,12 +146,19 @@ def matrices(packed: PackedAdapter) -> dict[tuple[int, str], tuple[Tensor, Tenso
     return found
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_round_trip(tmp_path: Path, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "form"),
+    [
+        *((dtype, GranuleForm.ROWS) for dtype in (torch.float32, torch.float16, torch.bfloat16)),
+        (torch.float32, GranuleForm.OPERANDS),
+    ],
+)
+def test_round_trip(tmp_path: Path, dtype: torch.dtype, form: GranuleForm) -> None:
     spec, tensors = upload(tmp_path, dtype)
-    packed = packed_twice(tmp_path, spec)
+    layout = replace(LAYOUT, form=form)
+    packed = packed_twice(tmp_path, spec, layout=layout)
     assert packed.num_parts == 3
-    found = matrices(packed)
+    found = matrices(packed, layout)
     assert found.keys() == {(x.layer, x.module) for x in LINEARS.values()} - {(1, "q_proj")}
     for (layer, module), (a, b_transposed, scale) in found.items():
         rank, name = RANKS[module], f"base_model.model.model.layers.{layer}.{module}"
@@ -260,8 +273,13 @@ def test_values_that_the_servers_type_cannot_hold_are_refused(tmp_path: Path) ->
 
 
 def test_the_fingerprint_is_the_layouts() -> None:
-    layouts = [Layout(size, d) for size in (4096, 8192) for d in (torch.bfloat16, torch.float32)]
-    assert len({layout.fingerprint for layout in layouts}) == 4
+    layouts = [
+        Layout(size, dtype, form)
+        for size in (4096, 8192)
+        for dtype in (torch.bfloat16, torch.float32)
+        for form in GranuleForm
+    ]
+    assert len({layout.fingerprint for layout in layouts}) == 8
     assert Layout(4096, torch.bfloat16).fingerprint == layouts[0].fingerprint
 
 

@@ -7,6 +7,7 @@ from loraplex.adapters.packing import Placed
 from loraplex.engine.batch import DeviceMemory, build_input
 from loraplex.engine.sequence import SamplingParams, Sequence, StopParams
 from loraplex.engine.step import Scheduled
+from loraplex_kernels.granules import GranuleForm
 from loraplex_kernels.segments import Segment
 from loraplex_kernels.tables import AdapterTables, Granule, OutputScale
 from loraplex_kernels.vocabulary import CutMatrix, Vocabulary, VocabularyLora
@@ -17,7 +18,9 @@ BLOCK_TOKENS = 4
 def memory() -> DeviceMemory:
     cpu = torch.device("cpu")
     arena = torch.zeros(1024, dtype=torch.uint8)
-    return DeviceMemory(arena, torch.bfloat16, AdapterTables(4, 1, 7, 16, cpu), BLOCK_TOKENS)
+    return DeviceMemory(
+        arena, torch.bfloat16, GranuleForm.ROWS, AdapterTables(4, 1, 7, 16, cpu), BLOCK_TOKENS
+    )
 
 
 def row(

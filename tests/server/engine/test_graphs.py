@@ -22,6 +22,7 @@ from loraplex.engine.graphs import (
 from loraplex.engine.sequence import SamplingParams, Sequence, StopParams
 from loraplex.engine.step import Scheduled
 from loraplex.model.decoder import DecoderInput
+from loraplex_kernels.granules import GranuleForm
 from loraplex_kernels.segments import NO_ADAPTER, TILE_ROWS
 from loraplex_kernels.tables import AdapterTables, OutputScale
 from torch import Tensor
@@ -137,7 +138,7 @@ def inputs_of(
 ) -> DecodeInputs:
     arena = torch.zeros(64, dtype=torch.uint8)
     tables = tables or AdapterTables(2, 1, 7, 16, CPU)
-    memory = DeviceMemory(arena, torch.float32, tables, BLOCK_TOKENS)
+    memory = DeviceMemory(arena, torch.float32, GranuleForm.ROWS, tables, BLOCK_TOKENS)
     stream = LazyCopyStream(device.compute, device.compute)
     return DecodeInputs(memory, max_rows, MAX_BLOCKS, stream)
 

@@ -11,9 +11,10 @@ from loraplex.model import nf4
 from loraplex.model.config import MODULES, ModelConfig, Rope
 from loraplex.model.decoder import Activations, Decoder, DecoderLayer
 from loraplex.model.linear import Linear
+from loraplex_kernels.granules import GRANULE_RANK, GranuleForm
 from loraplex_kernels.nf4 import BaseWeight
 from loraplex_kernels.ops import Projection
-from loraplex_kernels.tables import GRANULE_RANK, AdapterTables, Granule
+from loraplex_kernels.tables import AdapterTables, Granule
 from torch import Tensor
 
 from tests.server.engine.lazy_streams import LazyCopyStream, LazyDevice
@@ -60,7 +61,10 @@ class TinyLlama:
         self.decoder = self._decoder()
 
     def memory(self, with_tiles: bool) -> DeviceMemory:
-        return DeviceMemory(self.arena, self.dtype, self.tables, self.block.tokens, with_tiles)
+        form = GranuleForm.ROWS
+        return DeviceMemory(
+            self.arena, self.dtype, form, self.tables, self.block.tokens, with_tiles
+        )
 
     def decode_inputs(self) -> DecodeInputs:
         stream = LazyDevice(chance=[1]).stream()  # not late at all

@@ -12,6 +12,7 @@ from loraplex.model.linear import WeightForm
 from loraplex.model.loader import LoadOptions, load_decoder
 from loraplex_kernels.bitsandbytes import functional as bnb
 from loraplex_kernels.dispatch import cpu_ops
+from loraplex_kernels.granules import GranuleForm
 from loraplex_kernels.ops import AttentionInput, LoraInput, Ops
 from loraplex_kernels.reference import TorchOps
 from loraplex_kernels.tables import AdapterTables
@@ -143,6 +144,7 @@ class PagedDecoder:
             lora=LoraInput(
                 arena=torch.zeros(0, dtype=torch.uint8),
                 dtype=torch.float32,
+                form=GranuleForm.ROWS,
                 tables=self._tables,
                 has_adapters=False,
                 has_output_scales=False,
@@ -159,10 +161,8 @@ class PagedDecoder:
 
 
 @pytest.fixture(scope="module", params=["torch", "native"])
-def ops(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Ops:
-    if request.param == "torch":
-        return TorchOps()
-    return cpu_ops(tmp_path_factory.getbasetemp() / "native")
+def ops(request: pytest.FixtureRequest, native_cache: Path) -> Ops:
+    return TorchOps() if request.param == "torch" else cpu_ops(native_cache)
 
 
 def random_tokens(count: int, seed: int = 0) -> list[int]:
