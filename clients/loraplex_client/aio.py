@@ -11,7 +11,7 @@ import grpc
 from loraplex_protos.v1 import adapters_pb2, inference_pb2
 
 from loraplex_client import wire
-from loraplex_client.channel import Tls, async_channel, checked_token, stubs, sync_channel
+from loraplex_client.channel import Connected, Tls, async_channel, stubs, sync_channel
 from loraplex_client.errors import LoraplexError, from_rpc_error
 from loraplex_client.transfer import Transfer
 from loraplex_client.upload import (
@@ -35,7 +35,7 @@ from loraplex_client.values import (
 from loraplex_client.wire import ChatOptions, GenerateOptions, Message
 
 
-class AsyncClient:
+class AsyncClient(Connected):
     """One channel to one server, and one for uploads, for any number of tasks.
 
     An async context manager; make it inside the running event loop that uses it. `timeout` is in
@@ -50,17 +50,11 @@ class AsyncClient:
         *,
         retry: RetryPolicy = DEFAULT_RETRY,
     ) -> None:
-        self._target = target
-        self._token = checked_token(token)
-        self._retry = retry
-        self._closed = False
+        super().__init__(target, token, retry)
         self._channel = async_channel(target, tls)
         self._upload_channel = sync_channel(target, tls)
         self._inference, self._adapters = stubs(self._channel)
         _, self._uploads = stubs(self._upload_channel)
-
-    def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self._target}>"
 
     async def __aenter__(self) -> Self:
         return self
@@ -78,10 +72,6 @@ class AsyncClient:
         self._closed = True
         self._upload_channel.close()
         await self._channel.close(None)
-
-    def _require_open(self) -> None:
-        if self._closed:  # gRPC's own error would speak of a channel
-            raise ValueError(f"{self!r} is closed")
 
     def stream(
         self,

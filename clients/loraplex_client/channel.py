@@ -6,6 +6,8 @@ from typing import Any
 import grpc
 from loraplex_protos.v1 import adapters_pb2_grpc, inference_pb2_grpc
 
+from loraplex_client.upload import RetryPolicy
+
 Tls = bool | str | Path | grpc.ChannelCredentials | None
 """None or False: no TLS. True: the usual roots. A path: a PEM file of roots to trust instead."""
 
@@ -14,6 +16,23 @@ _OPTIONS = (
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.max_reconnect_backoff_ms", 2_000),
 )
+
+
+class Connected:
+    """What both clients know of their server; mutable: `_closed`."""
+
+    def __init__(self, target: str, token: str | None, retry: RetryPolicy) -> None:
+        self._target = target
+        self._token = checked_token(token)
+        self._retry = retry
+        self._closed = False
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self._target}>"
+
+    def _require_open(self) -> None:
+        if self._closed:  # gRPC's own error would speak of a channel
+            raise ValueError(f"{self!r} is closed")
 
 
 def sync_channel(target: str, tls: Tls) -> grpc.Channel:

@@ -176,14 +176,14 @@ def _hint(error: LoraplexError) -> str | None:
     if isinstance(error, DeadlineExceeded) and error.reason is None:
         return "--timeout"
     if error.reason == "ETAG_MISMATCH":
-        is_there = "does not exist" not in error.message
+        is_there = "etag" in error.metadata
         return (
             "its etag now: loraplex adapters show NAME"
             if is_there
             else "to make it, leave --if-match out"
         )
     if error.reason == "PINS_EXCEED_MEMORY":
-        option = "--max-slots" if "--max-slots" in error.message else "--memory"
+        option = error.metadata.get("option", "--memory")
         return f"unpin another adapter first, or serve with more {option}"
     if error.reason in _HINTS:
         return _HINTS[error.reason]

@@ -17,7 +17,7 @@ import grpc
 from loraplex_protos.v1 import adapters_pb2, inference_pb2
 
 from loraplex_client import wire
-from loraplex_client.channel import Tls, checked_token, stubs, sync_channel
+from loraplex_client.channel import Connected, Tls, stubs, sync_channel
 from loraplex_client.errors import LoraplexError, from_rpc_error
 from loraplex_client.transfer import Transfer
 from loraplex_client.upload import (
@@ -40,7 +40,7 @@ from loraplex_client.values import (
 from loraplex_client.wire import ChatOptions, GenerateOptions, Message
 
 
-class Client:
+class Client(Connected):
     """One channel to one server, for any number of threads; a context manager.
 
     `timeout` is in seconds, for the whole call; None waits for as long as it takes.
@@ -54,15 +54,9 @@ class Client:
         *,
         retry: RetryPolicy = DEFAULT_RETRY,
     ) -> None:
-        self._target = target
-        self._token = checked_token(token)
-        self._retry = retry
-        self._closed = False
+        super().__init__(target, token, retry)
         self._channel = sync_channel(target, tls)
         self._inference, self._adapters = stubs(self._channel)
-
-    def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self._target}>"
 
     def __enter__(self) -> Self:
         return self
@@ -79,10 +73,6 @@ class Client:
         """Ends the connection and every call on it."""
         self._closed = True
         self._channel.close()
-
-    def _require_open(self) -> None:
-        if self._closed:  # gRPC's own error would speak of a channel
-            raise ValueError(f"{self!r} is closed")
 
     def stream(
         self,

@@ -19,7 +19,7 @@ class AdapterState(StrEnum):
 
     READY = "ready"
     QUARANTINED = "quarantined"  # its bytes on disk differ from its version
-    INCOMPATIBLE = "incompatible"  # stored for another base model
+    INCOMPATIBLE = "incompatible"  # stored for another base model, or a larger --max-rank
     UNKNOWN = "unknown"
 
 

@@ -324,12 +324,14 @@ def test_the_life_of_an_adapter(
     ("error", "help_"),
     [
         (Aborted("no", reason="ADAPTER_EXISTS"), "--replace"),
-        (Aborted("a does not carry this etag", reason="ETAG_MISMATCH"), "adapters show"),
-        (Aborted("a does not exist", reason="ETAG_MISMATCH"), "leave --if-match out"),
+        (Aborted("no", reason="ETAG_MISMATCH", metadata={"etag": "e"}), "adapters show"),
+        (Aborted("no", reason="ETAG_MISMATCH"), "leave --if-match out"),
         (Aborted("no", reason="UPLOAD_IN_PROGRESS"), "try again"),
         (Aborted("no", reason="UPLOAD_TAKEN_OVER"), "goes on"),
-        (Aborted("of the slots (--max-slots)", reason="PINS_EXCEED_MEMORY"), "more --max-slots"),
-        (Aborted("of the blocks (--memory)", reason="PINS_EXCEED_MEMORY"), "more --memory"),
+        (
+            Aborted("no", reason="PINS_EXCEED_MEMORY", metadata={"option": "--max-slots"}),
+            "more --max-slots",
+        ),
         (ResourceExhausted("no", reason="QUEUE_FULL", retry_after=2.5), "try again in 2.5 s"),
         (DeadlineExceeded("stopped by the timeout after 3 tokens"), "--timeout"),
         (ServerUnreachable("cannot reach a:1: Socket closed"), "does TLS match?"),

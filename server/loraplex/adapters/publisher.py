@@ -62,10 +62,9 @@ class Publisher:
             spec = self._judge(upload, config)
             packed = self._packer.pack_upload(upload.path, spec)
         version = version_of(sha256, config, self._base_id)
-        was_sound = self._store.is_sound(version)
-        record, created = self._store.publish(upload, version, spec, sha256, packed)
+        record, created, repaired = self._store.publish(upload, version, spec, sha256, packed)
         warnings = list(spec.warnings)
-        if not created and not was_sound:
+        if repaired and not created:
             warnings.append(f"{record.adapter_id} was quarantined, and this upload repaired it")
         if (other := config.other_base(self._base_name)) is not None:
             warnings.append(

@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from threading import Lock
+from typing import NamedTuple
 
 from loraplex.adapters.peft import CONFIG_NAME, AdapterSpec
 from loraplex.adapters.store_blobs import BlobStore
@@ -37,6 +38,7 @@ from loraplex.adapters.store_records import (
     is_upload_id,
     require_rank,
     require_ready,
+    state_under,
     validate_adapter_id,
 )
 from loraplex.adapters.store_upload import Upload
@@ -47,6 +49,7 @@ __all__ = [
     "AdapterRecord",
     "AdapterState",
     "AdapterStore",
+    "Published",
     "Upload",
     "UploadRequest",
     "UploadStatus",
@@ -54,6 +57,7 @@ __all__ = [
     "is_digest",
     "require_rank",
     "require_ready",
+    "state_under",
     "validate_adapter_id",
 ]
 
@@ -63,6 +67,14 @@ TENANT = "default"
 DEFAULT_PAGE_SIZE = 50
 MAX_PAGE_SIZE = 1_000
 UPLOAD_TTL_SECONDS = 3600.0
+
+
+class Published(NamedTuple):
+    """What became of an upload."""
+
+    record: AdapterRecord
+    created: bool  # False: the name had this version already
+    repaired: bool  # its bytes took the place of damaged ones
 
 
 class AdapterStore:
@@ -154,8 +166,8 @@ class AdapterStore:
         spec: AdapterSpec,
         sha256: str,
         extra_files: Mapping[str, Path] | None = None,
-    ) -> tuple[AdapterRecord, bool]:
-        """Give a finished upload its name; durable when this returns. False: it had it already.
+    ) -> Published:
+        """Give a finished upload its name; durable when this returns.
 
         `sha256` is what `upload.finish` answered. `extra_files` are caches that belong to the
         version, moved from where they lie (best in `upload.folder`). The upload is over when this
@@ -165,7 +177,7 @@ class AdapterStore:
         request = upload.request
         with storage_errors():
             record = self._names.holding(request, version)
-            created = False
+            created = repaired = False
             # The bytes that came are let go only for others that were looked at.
             if not self._blobs.is_sound(version) or record is None:
                 config = (CONFIG_NAME, spec.uploaded_config_json.encode())
@@ -173,12 +185,12 @@ class AdapterStore:
                 with self._blobs.exclusive():
                     record = self._names.holding(request, version)
                     created = record is None
-                    self._blobs.place(version, staged, files)
+                    repaired = self._blobs.place(version, staged, files)
                     if record is None:
                         record = self._new_record(request, version, spec)
                         self._names.commit(request.adapter_id, record)
         upload.published(version)
-        return self._names.judged(record), created
+        return Published(self._names.judged(record), created, repaired)
 
     def upload_status(self, upload_id: str) -> UploadStatus:
         """How far an upload came; UPLOAD_NOT_FOUND when it is unknown or has expired.

@@ -135,10 +135,11 @@ class BlobStore:
         finally:
             self._collect()
 
-    def place(self, version: str, staged: Path, files: dict[str, FileRecord]) -> None:
+    def place(self, version: str, staged: Path, files: dict[str, FileRecord]) -> bool:
         """The staged folder becomes the version's, unless that has a sound one; when exclusive.
 
-        Without a name or reader by the end of it, the version is removed again.
+        Without a name or reader by the end of it, the version is removed again. True: it took the
+        place of a damaged one.
         """
         with self._lock:
             blob = self._blobs.get(version)
@@ -146,7 +147,7 @@ class BlobStore:
         if blob is not None and not blob.damaged:
             for name in files.keys() - blob.files.keys():
                 self._add(version, blob, name, staged / name, files[name])
-            return
+            return False
         target = self.folder(version)
         self._disk.make_folder(target.parent)
         if target.exists():
@@ -159,6 +160,7 @@ class BlobStore:
                 self._blobs[version] = Blob(files, verified=True)  # hashed when they came
             else:
                 blob.files, blob.damaged, blob.verified = files, False, True
+        return blob is not None
 
     def cache(self, version: str, name: str) -> Path | None:
         """Where a cache lies that is one of the version's files, and sound as far as is known."""

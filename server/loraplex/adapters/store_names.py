@@ -172,6 +172,7 @@ class NameBook:
                     "ETAG_MISMATCH",
                     f"{request.adapter_id} {what}",
                     field="header.if_match_etag",
+                    metadata={} if record is None else {"etag": record.etag},
                 )
         elif record is not None and not request.replace:
             raise RequestError(

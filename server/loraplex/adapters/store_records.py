@@ -21,7 +21,7 @@ class AdapterState(Enum):
 
     READY = "ready"
     QUARANTINED = "quarantined"  # its bytes on disk differ from its version
-    INCOMPATIBLE = "incompatible"  # stored for another base model
+    INCOMPATIBLE = "incompatible"  # stored for another base model, or a larger --max-rank
 
 
 class Visibility(StrEnum):
@@ -67,6 +67,12 @@ def _trouble(record: AdapterRecord) -> str:
         "quarantined: its bytes on disk differ from what was uploaded; the same upload again"
         " repairs it"
     )
+
+
+def state_under(record: AdapterRecord, max_rank: int) -> AdapterState:
+    """The record's state on a server that refuses by `require_rank`."""
+    is_too_large = record.state is AdapterState.READY and record.rank > max_rank
+    return AdapterState.INCOMPATIBLE if is_too_large else record.state
 
 
 def require_rank(record: AdapterRecord, max_rank: int) -> None:

@@ -5,7 +5,13 @@ from collections.abc import AsyncIterator
 from google.protobuf.timestamp_pb2 import Timestamp
 from loraplex_protos.v1 import adapters_pb2 as pb
 
-from loraplex.adapters.store import AdapterRecord, AdapterState, Visibility, validate_adapter_id
+from loraplex.adapters.store import (
+    AdapterRecord,
+    AdapterState,
+    Visibility,
+    state_under,
+    validate_adapter_id,
+)
 from loraplex.adapters.tiers import Tier
 from loraplex.api.calls import Call
 from loraplex.api.pins import Pins
@@ -40,12 +46,14 @@ class AdapterServicer:
         receiver: Receiver,
         pins: Pins,
         background: Background,
+        max_rank: int,
     ) -> None:
         self._engine = engine
         self._store = store
         self._receiver = receiver
         self._pins = pins
         self._background = background
+        self._max_rank = max_rank
 
     async def UploadAdapter(
         self, requests: AsyncIterator[pb.UploadAdapterRequest], call: Call
@@ -106,7 +114,7 @@ class AdapterServicer:
             size_bytes=record.size_bytes,
             rank=record.rank,
             target_modules=record.target_modules,
-            state=_STATES[record.state],
+            state=_STATES[state_under(record, self._max_rank)],
             residency=_RESIDENCIES[self._engine.residency(record.version)],
             pinned=record.pinned,
             visibility=_VISIBILITIES[record.visibility],

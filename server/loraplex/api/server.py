@@ -63,7 +63,8 @@ class ApiServer:
     ) -> None:
         self._calls = Calls()
         self._background = Background()
-        self._pins = Pins(engine, store, self._background, model.limits.max_rank)
+        max_rank = model.limits.max_rank
+        self._pins = Pins(engine, store, self._background, max_rank)
         self._restoring: asyncio.Task[None] | None = None  # from start to drain
         receiver = Receiver(
             store, publisher, self._pins, self._background, model.base_id, stall_seconds
@@ -76,7 +77,8 @@ class ApiServer:
             InferenceServicer(engine, store, tokenizer, model, metrics), self._server
         )
         adapters_pb2_grpc.add_AdapterServiceServicer_to_server(  # type: ignore[no-untyped-call]
-            AdapterServicer(engine, store, receiver, self._pins, self._background), self._server
+            AdapterServicer(engine, store, receiver, self._pins, self._background, max_rank),
+            self._server,
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         self._add_reflection()

@@ -186,13 +186,15 @@ class Supply(Generic[P]):
             return None
         pinned, limit = self._pool.pinned_room(), self._pool.pin_limit
         if pinned.slots == limit.slots:
-            what = f"slots (--max-slots): {limit.slots} may be pinned"
+            option, what = "--max-slots", f"slots (--max-slots): {limit.slots} may be pinned"
         else:
-            what = f"blocks (--memory): {pinned.blocks} and {num_blocks}, of {limit.blocks}"
+            needed = f"{pinned.blocks} and {num_blocks}, of {limit.blocks}"
+            option, what = "--memory", f"blocks (--memory): {needed}"
         return RequestError(
             "PINS_EXCEED_MEMORY",
             f"the pinned adapters would take more than half of the {what}",
             retry_after=RETRY_SECONDS,
+            metadata={"option": option},
         )
 
     def _copy(self, load: Load) -> None:

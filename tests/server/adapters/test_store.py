@@ -48,7 +48,7 @@ def store(tmp_path: Path) -> Iterator[AdapterStore]:
 def test_a_published_adapter_survives_a_restart(tmp_path: Path, store: AdapterStore) -> None:
     upload, sha256 = uploaded(store, "alice", b"weights")
     assert sha256 == version_of(b"weights")
-    record, created = store.publish(upload, sha256, SPEC, sha256)
+    record, created, _ = store.publish(upload, sha256, SPEC, sha256)
     assert created
     assert record == AdapterRecord(
         adapter_id="alice",
@@ -116,7 +116,7 @@ def test_adapter_ids_that_are_not(name: str, store: AdapterStore) -> None:
 def test_the_same_content_again_is_the_same_adapter(store: AdapterStore) -> None:
     first = publish(store, "alice")
     upload, sha256 = uploaded(store, "alice", b"weights")
-    assert store.publish(upload, first.version, SPEC, sha256) == (first, False)
+    assert store.publish(upload, first.version, SPEC, sha256) == (first, False, False)
     assert publish(store, "alice", replace=True) == first
     assert publish(store, "alice", if_match_etag="stale") == first
 
@@ -124,8 +124,10 @@ def test_the_same_content_again_is_the_same_adapter(store: AdapterStore) -> None
 def test_other_content_needs_replace_or_the_etag(store: AdapterStore) -> None:
     first = publish(store, "alice", b"one")
     refused("ADAPTER_EXISTS", store.begin, request_for("alice", b"two"))
-    refused("ETAG_MISMATCH", store.begin, request_for("alice", b"two", if_match_etag="stale"))
-    refused("ETAG_MISMATCH", store.begin, request_for("nobody", b"two", if_match_etag=first.etag))
+    stale = refused("ETAG_MISMATCH", store.begin, request_for("alice", b"2", if_match_etag="stale"))
+    absent = request_for("nobody", b"two", if_match_etag=first.etag)
+    assert stale.metadata == {"etag": first.etag}
+    assert refused("ETAG_MISMATCH", store.begin, absent).metadata == {}
     second = publish(store, "alice", b"two", replace=True)
     assert (second.version, store.get("alice")) == (version_of(b"two"), second)
     third = publish(store, "alice", b"three", if_match_etag=second.etag)
@@ -284,7 +286,7 @@ def test_a_pin_belongs_to_the_name(tmp_path: Path, store: AdapterStore) -> None:
 def test_what_kind_an_adapter_is_survives_too(tmp_path: Path, store: AdapterStore) -> None:
     upload, sha256 = uploaded(store, "alice", b"weights")
     spec = replace(SPEC, use_dora=True, invocation_tokens=(3, 4))
-    record, _ = store.publish(upload, sha256, spec, sha256)
+    record = store.publish(upload, sha256, spec, sha256).record
     assert (record.use_dora, record.invocation_tokens) == (True, (3, 4))
     store.close()
     again = open_store(tmp_path)

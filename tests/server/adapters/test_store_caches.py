@@ -167,7 +167,7 @@ def test_a_cache_that_the_disk_refuses_costs_no_upload(tmp_path: Path) -> None:
     upload, sha256 = uploaded(store, "alice", b"abcdef")
     cache = upload.folder / "packed"
     cache.write_bytes(b"packed")
-    record, created = store.publish(upload, sha256, SPEC, sha256, {"packed": cache})
+    record, created, _ = store.publish(upload, sha256, SPEC, sha256, {"packed": cache})
     assert (created, store.cache(sha256, "packed")) == (True, None)
     store.verify(record.version)
     assert not cache.exists()

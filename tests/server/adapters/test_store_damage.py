@@ -55,9 +55,11 @@ def test_bytes_that_changed_on_disk_are_quarantined(tmp_path: Path) -> None:
     last = open_store(tmp_path)
     assert last.get("bob").state is AdapterState.QUARANTINED
     upload, sha256 = uploaded(last, "bob", b"weights")
-    record, created = last.publish(upload, version, SPEC, sha256)
-    assert (record.state, created) == (AdapterState.READY, False)
+    beside, _ = uploaded(last, "alice", b"weights")
+    published = last.publish(upload, version, SPEC, sha256)
+    assert (published.record.state, *published[1:]) == (AdapterState.READY, False, True)
     assert last.get("alice").state is AdapterState.READY
+    assert last.publish(beside, version, SPEC, sha256)[1:] == (False, False)
     last.verify(version)
     last.close()
 

@@ -197,7 +197,7 @@ class FakePublisher:
             invocation_tokens=INVOCATION if data == b"alora" else (),
         )
         version = version_of(sha256, config, BASE_ID)
-        record, created = self._store.publish(upload, version, spec, sha256)
+        record, created, _ = self._store.publish(upload, version, spec, sha256)
         return record, created, spec.warnings
 
 

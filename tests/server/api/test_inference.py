@@ -274,13 +274,16 @@ def test_a_request_runs_on_one_version_of_its_adapter(serve: "Serve") -> None:
 def test_adapters_that_cannot_be_used(serve: "Serve") -> None:
     async def spoil(api: "Api") -> None:
         await api.publish("foreign")
+        await api.publish("large", b"large")
         manifests = api.folder / "manifests" / "default"
         manifest = manifests / "foreign.json"
         manifest.write_text(manifest.read_text().replace(MODEL.base_id, "c" * 64))
+        manifest = manifests / "large.json"
+        manifest.write_text(manifest.read_text().replace('"rank": 4', '"rank": 65'))
         (manifests / "broken.json").write_text("{")
 
     async def scenario(api: "Api") -> None:
-        for adapter_id in ("foreign", "broken"):
+        for adapter_id in ("foreign", "large", "broken"):
             error = await api.stream_failure(api.generate(adapter_id=adapter_id, text="x"))
             assert (error.code, error.reason) == (
                 StatusCode.FAILED_PRECONDITION,
@@ -290,6 +293,7 @@ def test_adapters_that_cannot_be_used(serve: "Serve") -> None:
         assert [(a.adapter_id, a.state) for a in shown.adapters] == [
             ("broken", adapters_pb2.ADAPTER_STATE_QUARANTINED),
             ("foreign", adapters_pb2.ADAPTER_STATE_INCOMPATIBLE),
+            ("large", adapters_pb2.ADAPTER_STATE_INCOMPATIBLE),
         ]
         assert api.engine.submitted == []
 

@@ -6,6 +6,7 @@ from loraplex.engine.batch import build_input
 from loraplex.engine.graphs import DecodeGraphs, ladder
 from loraplex.engine.sequence import SamplingParams, Sequence, StopParams
 from loraplex.engine.step import Scheduled
+from loraplex_kernels.gpu.interpreter import repair
 from loraplex_kernels.gpu.launch import launch_now
 from loraplex_kernels.gpu.ops import TritonOps
 from loraplex_kernels.gpu.paths import LinearPath, PathTable
@@ -23,6 +24,7 @@ class CapturedLlama:
     """Every step runs twice from the same arena: eagerly in torch, then as a replay."""
 
     def __init__(self, dtype: torch.dtype, path: LinearPath, target: str, tolerance: float) -> None:
+        repair()
         self.model = TinyLlama(dtype, num_blocks=128, max_slots=len(RANKS))
         for slot, ranks in enumerate(RANKS):
             self.model.bind(slot, ranks)

@@ -230,6 +230,7 @@ def test_pins_beyond_half_of_the_memory_are_refused_and_nothing_is_kept_for_them
     with pytest.raises(RequestError, match=r"of the blocks \(--memory\): 2 and 2, of 3$") as error:
         second.result(0)
     assert error.value.reason.name == "PINS_EXCEED_MEMORY"
+    assert error.value.metadata == {"option": "--memory"}
     assert error.value.retry_after is not None
     assert bench.pool.is_ready("a")
     assert (bench.pool.missing_pins, held(bench)) == ([], "")
