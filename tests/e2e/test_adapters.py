@@ -126,7 +126,7 @@ def test_replacing_and_deleting_an_adapter_in_use(
     folders = [make_adapter(default_config) for _ in range(3)]
     streams: list[Generator[Event, None, None]] = []
     versions: list[str] = []
-    long: GenerateOptions = {**GREEDY, "max_tokens": 96}  # the first outlasts two uploads
+    long: GenerateOptions = {**GREEDY, "max_tokens": 192}  # the first outlasts two uploads
 
     def begin() -> Started:
         streams.append(client.stream(PROMPT, "busy", **long))

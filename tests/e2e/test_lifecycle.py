@@ -32,7 +32,7 @@ PROMPT = "Once upon a time"
 
 def test_sigterm_lets_running_requests_finish(serve: "ServerFactory", tiny_model: Path) -> None:
     """Those that do so within the drain; one that does not is told."""
-    server = serve(f"--model={tiny_model}", "--drain=5")
+    server = serve(f"--model={tiny_model}", "--drain=3")
     with (
         server.client() as client,
         grpc.insecure_channel(server.target) as channel,

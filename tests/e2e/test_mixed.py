@@ -54,18 +54,19 @@ def test_eight_adapters_and_the_base_share_a_pass(
     versions = upload(client, folders)
     names = ["", *folders]
 
-    async def all_at_once() -> list[Completion]:
+    async def all_at_once(max_tokens: int) -> list[Completion]:
         async with AsyncClient(server.target) as client:
             return await asyncio.gather(
                 *(
                     client.complete(
-                        PROMPTS[0], name, max_tokens=32, temperature=0.0, ignore_eos=True
+                        PROMPTS[0], name, max_tokens=max_tokens, temperature=0.0, ignore_eos=True
                     )
                     for name in names
                 )
             )
 
-    completions = asyncio.run(all_at_once())
+    asyncio.run(all_at_once(1))  # nobody is through before the last adapter is read
+    completions = asyncio.run(all_at_once(32))
     for name, completion in zip(names, completions, strict=True):
         used = (UsedAdapter(name, versions[name]),) if name else ()
         assert completion.adapters == used

@@ -16,6 +16,7 @@ from loraplex.model.decoder import Decoder
 from loraplex.model.default import ensure_default_model
 from loraplex.model.linear import WeightForm
 from loraplex.model.loader import LoadOptions, load_decoder
+from loraplex.model.nf4_cache import NF4Cache
 from loraplex.model.tokenizer import Tokenizer
 from loraplex_kernels.dispatch import cpu_ops, multiplies_codes
 from loraplex_kernels.ops import Ops
@@ -71,19 +72,24 @@ def reference(model_folder: Path, folders: Folders) -> Reference:
 
 
 @pytest.fixture(scope="module")
-def decoder_of(model_folder: Path) -> DecoderOf:
+def decoder_of(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> DecoderOf:
+    """Quantised once, whatever the forms."""
     config, checkpoint = read_model_config(model_folder), Checkpoint(model_folder)
+    codes = tmp_path_factory.mktemp("nf4")
 
     @cache
     def load(dtype: torch.dtype, form: WeightForm) -> Decoder:
-        return load_decoder(checkpoint, config, LoadOptions(CPU, dtype, form))
+        kept = NF4Cache(codes, "0" * 64)
+        decoder = load_decoder(checkpoint, config, LoadOptions(CPU, dtype, form, kept))
+        kept.save()
+        return decoder
 
     return load
 
 
 @pytest.fixture(scope="module")
-def ops(tmp_path_factory: pytest.TempPathFactory) -> Ops:
-    return cpu_ops(tmp_path_factory.mktemp("native"))
+def ops(native_cache: Path) -> Ops:
+    return cpu_ops(native_cache)
 
 
 @pytest.fixture(scope="module")

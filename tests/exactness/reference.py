@@ -91,7 +91,8 @@ class Reference:
             return name
         with peft_as_it_is():
             if isinstance(adapter, str):
-                self._model.load_adapter(self._folders(adapter), adapter_name=name)
+                folder = self._folders(adapter)
+                self._model.load_adapter(folder, adapter_name=name, low_cpu_mem_usage=True)
             else:
                 members = [self._name(member) for member, _ in adapter.members]
                 weights = [weight for _, weight in adapter.members]

@@ -1,8 +1,8 @@
-"""The compiled CPU ops, built once for all tests, and random numbers; one thread, as the machine
-may be busy."""
+"""The compiled CPU ops, and random numbers; one thread, as the machine may be busy."""
 
 import ctypes
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,8 +12,8 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
-def native_library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    return load_library(tmp_path_factory.mktemp("native"))
+def native_library(native_cache: Path) -> ctypes.CDLL:
+    return load_library(native_cache)
 
 
 @pytest.fixture(params=[1, 3], ids=["one thread", "three threads"])

@@ -216,7 +216,7 @@ def test_silence_ends_the_waiting() -> None:
 
 def test_no_case_may_keep_silent(children: ModuleType) -> None:
     """It may be a busy device: not for good."""
-    run = run_isolated(children.Task(), child=children.keeps_silent, seconds_a_case=3.0)
+    run = run_isolated(children.Task(), child=children.keeps_silent, seconds_a_case=1.5)
     outcome = next(iter(run))
     assert (outcome.failure, outcome.is_lasting) == ("did not return", False)
 

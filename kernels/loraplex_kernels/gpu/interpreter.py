@@ -2,7 +2,8 @@
 
 Triton 3.9 keeps bf16 as bit patterns in uint16 and computes with those as integers: sums, products,
 comparisons, reductions and dots are garbage, and fp32 is cut off to bf16, not rounded. Inline
-assembly it does not run at all. Each is mended only where a probe finds it broken.
+assembly it does not run at all. Each is mended only where a probe finds it broken. Two things that
+take half of its time, each call's patching and the check of sums for overflow, are made cheap.
 """
 
 import re
@@ -36,6 +37,9 @@ def repair() -> None:
         builder.create_dot = _dot_in_fp32(builder.create_dot)
     if _lacks_inline_asm():
         builder.create_inline_asm = _create_inline_asm
+    if _is_slow():
+        interpreter._patch_lang = _patching_once(interpreter._patch_lang)
+        interpreter.interpreter_semantic.binary_op_sanitize_overflow_impl = _check_overflow
 
 
 def _is_bf16_broken() -> bool:
@@ -57,6 +61,12 @@ def _lacks_inline_asm() -> bool:
     except NotImplementedError:
         return True
     return False
+
+
+def _is_slow() -> bool:
+    """As in Triton 3.9.0; versions with other insides are left as they are."""
+    is_known = hasattr(interpreter, "_LangPatchScope")
+    return is_known and interpreter._patch_lang.__module__ == interpreter.__name__
 
 
 # bf16: widened to fp32, which is exact, and rounded again.
@@ -158,6 +168,36 @@ def _narrowed(tensor: Any) -> Any:
 
 def _with_element(kind: Any, element: Any) -> Any:
     return tl.block_type(element, kind.shape) if kind.is_block() else element
+
+
+# Speed: what is done for every call of a device function, and for every sum of integers.
+
+
+def _patching_once(patch_lang: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes the language's functions the interpreter's, unless the launch has done so before."""
+
+    def wrapper(fn: Any) -> Any:
+        modules = [value for value in fn.__globals__.values() if value is tl or value is tl.core]
+        functions = [f for module in modules for f in (module.load, module.tensor.__add__)]
+        if functions and not any(map(tl.core.is_builtin, functions)):
+            return interpreter._LangPatchScope()
+        return patch_lang(fn)
+
+    return wrapper
+
+
+_EXACT = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
+
+
+def _check_overflow(lhs: Any, rhs: Any, binary_op: Callable[..., Any]) -> None:
+    """As Triton's own check, which does it by a dozen operations of the language."""
+    kind = lhs.type.scalar
+    if kind.int_bitwidth >= 64 or not interpreter.interpreter_builder.options.sanitize_overflow:
+        return
+    name, operands = binary_op.__name__, [side.handle.data.astype(np.int64) for side in (lhs, rhs)]
+    exact = _EXACT[name](*operands)
+    is_within = kind.get_int_min_value() <= exact.min() and exact.max() <= kind.get_int_max_value()
+    assert is_within, f"int{kind.int_bitwidth} overflow detected for operation {name}"
 
 
 # Inline assembly: the PTX instructions of `nf4_decode`, on words of 32 bits.

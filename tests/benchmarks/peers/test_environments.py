@@ -25,18 +25,20 @@ def test_one_that_was_made_from_this_list_is_taken_as_it_is(tmp_path: Path) -> N
 
 
 def test_one_that_was_finished_in_another_way_is_made_anew(tmp_path: Path) -> None:
-    lock = tmp_path / "peer.txt"
+    lock, folder = tmp_path / "peer.txt", tmp_path / "peer"
     lock.write_text("")
-    finished: list[Path] = []
+    folder.mkdir()
+    (folder / "complete.txt").write_text("with AMX")
+    finished: list[str] = []
 
     def finish(environment: Environment, progress: Progress) -> None:
-        finished.append(environment.folder)
+        finished.append(environment.recipe)
 
-    for recipe in ("with AMX", "with AMX", "without"):
-        folder = tmp_path / "peer"
+    for recipe in ("with AMX", "without", "without"):
         Environment(folder, lock, finish, recipe).ensure(lambda stage, done, total: None)
 
-    assert finished == [folder, folder]
+    assert finished == ["without"]
+    assert (folder / "bin" / "python").exists()
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The repaired interpreter's bf16 against torch's, and its PTX against plain integers."""
+"""The repaired interpreter's bf16 against torch's, its PTX against plain integers; overflows."""
 
 import numpy as np
 import pytest
@@ -153,11 +153,26 @@ def test_other_types_are_left_alone() -> None:
     assert torch.equal(out[:3], torch.stack([a + b, a - b, a * b]))
 
 
+@pytest.mark.parametrize(
+    ("operation", "a", "b"), [("add", 2**31 - 1, 1), ("sub", -(2**31), 1), ("mul", 2**16, 2**15)]
+)
+def test_an_overflow_is_found(operation: str, a: int, b: int) -> None:
+    left, right = torch.zeros(2, SIZE, dtype=INT32)
+    left[7], right[7] = a, b
+    out, compared = torch.empty(9, SIZE, dtype=INT32), torch.empty(4, SIZE, dtype=torch.bool)
+    with pytest.raises(interpreter.InterpreterError, match=f"int32 overflow .* {operation}"):
+        _arithmetic[(1,)](left, right, out, compared, SIZE=SIZE)
+
+
 def test_repair_is_done_once() -> None:
-    before = dict(vars(interpreter.InterpreterBuilder)), dict(vars(interpreter.ReduceOps))
+    def state() -> list[object]:
+        semantic = interpreter.interpreter_semantic
+        owners = (interpreter.InterpreterBuilder, interpreter.ReduceOps, semantic)
+        return [interpreter._patch_lang, *(dict(vars(owner)) for owner in owners)]
+
+    before = state()
     repair()
-    after = dict(vars(interpreter.InterpreterBuilder)), dict(vars(interpreter.ReduceOps))
-    assert after == before
+    assert state() == before
 
 
 def test_inline_assembly_gets_packs_of_neighbours() -> None:
