@@ -270,7 +270,9 @@ class PromptLookup:
         limit = sequence.stop.max_tokens - len(sequence.output_token_ids) - 1
         if limit <= 0:
             return None
-        notes = self._notes.setdefault(sequence, _Notes())
+        notes = self._notes.get(sequence)
+        if notes is None:
+            notes = self._notes[sequence] = _Notes()
         notes.text.extend(sequence.token_ids(len(notes.text), sequence.num_tokens))
         length, tokens = notes.text.guess(min(limit, self._max_drafts))
         if not length:
