@@ -23,7 +23,8 @@ from tests.kernels.inputs import poison
 from tests.kernels.tiles import HAS_TILES
 
 CPU = torch.device("cpu")
-BLOCK_TOKENS, NUM_BLOCKS = 16, 24
+BLOCK_TOKENS, BLOCKS_A_SEQUENCE, NUM_SEQUENCES = 16, 6, 7
+NUM_BLOCKS = NUM_SEQUENCES * BLOCKS_A_SEQUENCE
 CONFIG = ModelConfig(
     architecture="LlamaForCausalLM",
     hidden_size=128,
@@ -146,7 +147,7 @@ class Sequences:
         shape = (CONFIG.num_layers, 2, CONFIG.num_kv_heads, BLOCK_TOKENS, CONFIG.head_dim)
         self._cache = torch.full((NUM_BLOCKS, *shape), torch.nan, dtype=dtype)
         self._memory = Activations.allocate(CONFIG, dtype, CPU, 200, 200)
-        self._lengths = [0] * 6
+        self._lengths = [0] * NUM_SEQUENCES
 
     @property
     def is_fused(self) -> bool:
@@ -159,7 +160,7 @@ class Sequences:
         for sequence, slot, count in rows:
             first = self._lengths[sequence]
             self._lengths[sequence] = first + count
-            blocks = [4 * i + sequence % 4 for i in range(6)] if sequence < 4 else [0] * 6
+            blocks = [NUM_SEQUENCES * i + sequence for i in range(BLOCKS_A_SEQUENCE)]
             for position in range(first, first + count):
                 tokens.append((31 * sequence + 7 * position) % CONFIG.vocab_size)
                 positions.append(position)
@@ -240,13 +241,22 @@ if HAS_TILES:
         assert torch.equal(together.step(*rows), expected[: len(rows)])
         assert torch.equal(crowded.step(*rows, prompt), expected)
 
-    @pytest.mark.parametrize("slots", [(0, 1, 3), (0, 0, 2)], ids=["all of them", "without scales"])
-    def test_a_prompt_is_its_own(team_ops: NativeOps, slots: tuple[int, int, int]) -> None:
+    @pytest.mark.parametrize(
+        "rows",
+        [
+            ((0, NONE, 71), (1, 0, 57), (2, 1, 5), (3, 3, 64)),
+            ((0, NONE, 71), (1, 0, 57), (2, 0, 5), (3, 2, 64)),
+            tuple((sequence, sequence % 2 * 2, 4) for sequence in range(7)),
+        ],
+        ids=["all of them", "without scales", "many in a chunk"],
+    )
+    def test_a_prompt_is_its_own(
+        team_ops: NativeOps, rows: tuple[tuple[int, int, int], ...]
+    ) -> None:
         """So do prompts: alone, or in a step whose tasks are of half its rows each."""
         weights = Weights(has_bias=False)
         together = Sequences(weights, torch.bfloat16, team_ops, is_dense=False)
         alone = Sequences(weights, torch.bfloat16, team_ops, is_dense=False)
-        rows = ((0, NONE, 71), (1, slots[0], 57), (2, slots[1], 5), (3, slots[2], 64))
         expected = torch.cat([alone.step(row) for row in rows])
         assert torch.equal(together.step(*rows), expected)
 

@@ -155,7 +155,7 @@ class Expander {
         for (int64_t n = to.lo / kPieces * kPieces; n < to.hi; n += kPieces) {
             stream_.share(Count);
             float* const sums = sums_[1 - slot_];
-            if (slot_) {  // in turns: one's sums leave while the other's come about
+            if (slot_) {  // in turns, as one's sums leave while the other's come about; a tile's number is a literal
                 _tile_zero(0);
                 _tile_loadd(2, b[0] + n * kRank, 64);
                 _tile_dpbf16ps(0, 4, 2);
