@@ -105,21 +105,15 @@ class Expander {
                 const bool is_new = to.is_new && from == 0;
                 if (count > kFewRows)
                     expand_many(b, group, lines, v_stride, count, to, is_new);
-                else if (group == 1)
-                    expand_few<1>(b, lines, v_stride, count, to, is_new);
-                else if (group == 2)
-                    expand_few<2>(b, lines, v_stride, count, to, is_new);
-                else if (group == 3)
-                    expand_few<3>(b, lines, v_stride, count, to, is_new);
                 else
-                    expand_few<kGroup>(b, lines, v_stride, count, to, is_new);
+                    expand_few(b, group, lines, v_stride, count, to, is_new);
             }
             v += kLoraRows * v_stride, to.panel += kLoraRows * to.stride;
         }
     }
 
   private:
-    static_assert(kFewRows * 4 == kTile && kGroup == 4, "a tile holds few rows' operands, four tiles a group's");
+    static_assert(kFewRows * 4 == kTile, "a tile holds few rows' operands");
 
     // Where the sums of 32 outputs go.
     struct Piece {
@@ -135,11 +129,10 @@ class Expander {
     }
 
     // One tile has all operands of up to four rows: high and low, for either piece.
-    template <int Count>
-    void expand_few(const bf16* const* b, const char* v, int64_t v_stride, int64_t rows, const Target& to,
-                    bool is_new) {
-        alignas(64) char left[Count][kTile][64];
-        for (int g = 0; g < Count; ++g)
+    void expand_few(const bf16* const* b, int64_t count, const char* v, int64_t v_stride, int64_t rows,
+                    const Target& to, bool is_new) {
+        alignas(64) char left[kGroup][kTile][64];
+        for (int64_t g = 0; g < count; ++g)
             for (int64_t j = 0; j < rows; ++j) {
                 const Line line(v + j * v_stride + g * kLineBytes);
                 for (int piece = 0; piece < 2; ++piece) {
@@ -148,49 +141,15 @@ class Expander {
                 }
             }
         written();
-        _tile_loadd(4, left[0], 64);
-        if constexpr (Count > 1) _tile_loadd(5, left[1], 64);
-        if constexpr (Count > 2) _tile_loadd(6, left[2], 64);
-        if constexpr (Count > 3) _tile_loadd(7, left[3], 64);
         for (int64_t n = to.lo / kPieces * kPieces; n < to.hi; n += kPieces) {
-            stream_.share(Count);
-            float* const sums = sums_[1 - slot_];
-            if (slot_) {  // in turns, as one's sums leave while the other's come about; a tile's number is a literal
-                _tile_zero(0);
-                _tile_loadd(2, b[0] + n * kRank, 64);
-                _tile_dpbf16ps(0, 4, 2);
-                if constexpr (Count > 1) {
-                    _tile_loadd(2, b[1] + n * kRank, 64);
-                    _tile_dpbf16ps(0, 5, 2);
-                }
-                if constexpr (Count > 2) {
-                    _tile_loadd(2, b[2] + n * kRank, 64);
-                    _tile_dpbf16ps(0, 6, 2);
-                }
-                if constexpr (Count > 3) {
-                    _tile_loadd(2, b[3] + n * kRank, 64);
-                    _tile_dpbf16ps(0, 7, 2);
-                }
-                _tile_stored(0, sums, 64);
-            } else {
-                _tile_zero(1);
-                _tile_loadd(3, b[0] + n * kRank, 64);
-                _tile_dpbf16ps(1, 4, 3);
-                if constexpr (Count > 1) {
-                    _tile_loadd(3, b[1] + n * kRank, 64);
-                    _tile_dpbf16ps(1, 5, 3);
-                }
-                if constexpr (Count > 2) {
-                    _tile_loadd(3, b[2] + n * kRank, 64);
-                    _tile_dpbf16ps(1, 6, 3);
-                }
-                if constexpr (Count > 3) {
-                    _tile_loadd(3, b[3] + n * kRank, 64);
-                    _tile_dpbf16ps(1, 7, 3);
-                }
-                _tile_stored(1, sums, 64);
+            stream_.share(count);
+            _tile_zero(0);
+            for (int64_t g = 0; g < count; ++g) {
+                _tile_loadd(4, left[g], 64);
+                _tile_loadd(5, b[g] + n * kRank, 64);
+                _tile_dpbf16ps(0, 4, 5);
             }
-            add();
+            _tile_stored(0, sums_[1 - slot_], 64);
             begin(piece_at(n, rows, to, is_new, true));
         }
     }
@@ -237,12 +196,15 @@ class Expander {
             _tile_stored(1, sums + 256, 64);
             _tile_stored(2, sums + 512, 64);
             _tile_stored(3, sums + 768, 64);
-            add();
             begin(piece);
         }
     }
 
-    void begin(const Piece& piece) { piece_ = piece, slot_ = 1 - slot_; }
+    // The sums in the other slot are this piece's.
+    void begin(const Piece& piece) {
+        add();
+        piece_ = piece, slot_ = 1 - slot_;
+    }
 
     void add() {
         const Piece piece = piece_;

@@ -255,7 +255,8 @@ class Stack::Worker {
             });
         constexpr bool of_rows = std::is_invocable_v<Finish, const Result&>;
         ChunkUpdate chunks(rest, layer, p, count, stack_.v_);
-        const bool by_chunks = !rest.is_empty() && !step_.output_scale && !l.bias;
+        const bool is_plain = !step_.output_scale && !l.bias;
+        const bool by_chunks = is_plain && !rest.is_empty();
         const auto begin = [&](const Panel& panel, int64_t lo, int64_t hi, bool is_first) {
             if (by_chunks) chunks.multiply(panel, lo, hi, is_first);
         };
@@ -277,8 +278,7 @@ class Stack::Worker {
         };
         const auto end = [&](const Sums& sums) {
             const bool has_few = !few.is_empty() && sums.lo < few.owned.back().hi;
-            const bool is_plain = !l.bias && !step_.output_scale;
-            const bool is_updated = is_plain && !(of_rows && has_few) && (rest.is_empty() || (by_chunks && chunks.add(sums)));
+            const bool is_updated = is_plain && !(of_rows && has_few) && (!by_chunks || chunks.add(sums));
             if (is_updated && has_few) add_update(few, update, outputs, sums);
             if (of_rows || !is_updated) {
                 alignas(64) float y[kChunk * kPanel];
