@@ -332,6 +332,10 @@ def test_the_life_of_an_adapter(
             Aborted("no", reason="PINS_EXCEED_MEMORY", metadata={"option": "--max-slots"}),
             "more --max-slots",
         ),
+        (
+            Aborted("no", reason="PINS_EXCEED_MEMORY", metadata={"option": "--memory"}),
+            "more --memory",
+        ),
         (ResourceExhausted("no", reason="QUEUE_FULL", retry_after=2.5), "try again in 2.5 s"),
         (DeadlineExceeded("stopped by the timeout after 3 tokens"), "--timeout"),
         (ServerUnreachable("cannot reach a:1: Socket closed"), "does TLS match?"),
