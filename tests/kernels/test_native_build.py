@@ -24,6 +24,15 @@ os.environ["PATH"] = sys.argv[1]
 print(cpu_ops(Path(sys.argv[2])).name)
 """
 
+# One function a part: what is linked has both.
+SMALL_SOURCE = """
+#ifdef LORAPLEX_BF16
+extern "C" int first() { return 1; }
+#else
+extern "C" int second() { return 2; }
+#endif
+"""
+
 
 def choose(path: Path, cache: Path) -> list[str]:
     command = [sys.executable, "-c", CHOOSE, str(path), str(cache)]
@@ -63,14 +72,29 @@ def test_a_compiler_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.Monk
 
 if HAS_COMPILER:
 
-    def test_builds_once_and_leaves_nothing_else(native_library: ctypes.CDLL) -> None:
-        built = Path(native_library._name)
+    def test_builds_once_and_leaves_nothing_else(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        source = tmp_path / "ops.cpp"
+        source.write_text(SMALL_SOURCE)
+        monkeypatch.setattr(build, "SOURCE", source)
+        cache = tmp_path / "cache"
+        assert not is_built(cache)
+        library = load_library(cache)
+        assert (library.first(), library.second()) == (1, 2)
+        assert is_built(cache)
+        built = Path(library._name)
+        assert list(cache.iterdir()) == [built]
         before = built.stat()
-        assert is_built(built.parent)
-        assert Path(load_library(built.parent)._name) == built
-        assert list(built.parent.iterdir()) == [built]
+        assert load_library(cache)._name == library._name
+        assert list(cache.iterdir()) == [built]
         assert built.stat().st_mtime_ns == before.st_mtime_ns
-        assert cpu_ops(built.parent).name == "native"
+
+    def test_the_ops_that_were_built_are_chosen(native_library: ctypes.CDLL) -> None:
+        cache = Path(native_library._name).parent
+        assert is_built(cache)
+        assert load_library(cache)._name == native_library._name
+        assert cpu_ops(cache).name == "native"
 
     def test_a_damaged_library_falls_back(
         native_library: ctypes.CDLL, tmp_path: Path, caplog: pytest.LogCaptureFixture
