@@ -27,7 +27,7 @@ inline bool are_few(const LoraPlan& plan) {
 
 // Both phases of such rows in one, adapter after adapter, so that the weights stream in as they lie in
 // memory: update[row][n] of every row with an adapter, fp32 rows of `stride`, is ready when all threads are
-// through. Everything else as for `lora_shrink`.
+// through, which is waited for only where it is added. Everything else as for `lora_shrink`.
 inline void lora_update(const LoraPlan& plan, int64_t layer, const Projection* p, int64_t num_p, const bf16* packed,
                         int64_t k, void* v, float* update, int64_t stride, std::atomic<int64_t>& next) {
     const int64_t v_stride = plan.row_bytes(num_p), count = plan.num_tasks(num_p);
@@ -55,6 +55,15 @@ inline void lora_update(const LoraPlan& plan, int64_t layer, const Projection* p
         for (int64_t j = 0; j < rows && granules.count == 0; ++j) std::memset(to + j * stride, 0, width * sizeof(float));
         Expander(stream).expand(granules, lines, v_stride, rows, {to, stride, 0, width, width, true});
     }
+}
+
+// Asks for what a panel takes of the update, so that it is on its way from the other core's cache while the base's
+// sums are computed.
+inline void ask_for_update(const LoraPlan& plan, const float* update, int64_t stride, const Panel& panel, int64_t row_lo,
+                           int64_t row_hi) {
+    for (int64_t row = row_lo; row < std::min(row_hi, plan.owned.back().hi); ++row)
+        for (int half = 0; half < 2; ++half)
+            if (panel.outputs[half]) _mm_prefetch(update + row * stride + panel.first[half], _MM_HINT_T1);
 }
 
 // panel[row - row_lo][n - n_lo] += update[row][n] of the rows with an adapter.

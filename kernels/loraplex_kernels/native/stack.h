@@ -245,8 +245,9 @@ class Stack::Worker {
         const LoraPlan &few = stack_.few_, &rest = stack_.rest_;
         float* const update = stack_.update_;
         const int64_t outputs = l.weight.outputs;
+        PhaseState* const updates = phase_;  // of the few: waited for where they are added
         if (!few.is_empty())
-            share(kShrink, [&](Next& next) {
+            start(kShrink, [&](Next& next) {
                 lora_update(few, layer, p, count, stack_.natural_, l.weight.k, stack_.v_, update, outputs, next);
             });
         if (!rest.is_empty())
@@ -258,6 +259,7 @@ class Stack::Worker {
         const bool is_plain = !step_.output_scale && !l.bias;
         const bool by_chunks = is_plain && !rest.is_empty();
         const auto begin = [&](const Panel& panel, int64_t lo, int64_t hi, bool is_first) {
+            if (!few.is_empty()) ask_for_update(few, update, outputs, panel, lo, hi);
             if (by_chunks) chunks.multiply(panel, lo, hi, is_first);
         };
         const auto update_rows = [&](const Result& result) {
@@ -278,6 +280,7 @@ class Stack::Worker {
         };
         const auto end = [&](const Sums& sums) {
             const bool has_few = !few.is_empty() && sums.lo < few.owned.back().hi;
+            if (has_few) updates->wait();
             const bool is_updated = is_plain && !(of_rows && has_few) && (!by_chunks || chunks.add(sums));
             if (is_updated && has_few) add_update(few, update, outputs, sums);
             if (of_rows || !is_updated) {
@@ -307,7 +310,19 @@ class Stack::Worker {
 
     template <typename Work>
     void share(Phase phase, Work&& work) {
-        (phase_++)->share(work);
+        PhaseState* const state = phase_;
+        start(phase, work);
+        state->wait();
+        stop(phase);
+    }
+
+    template <typename Work>
+    void start(Phase phase, Work&& work) {
+        (phase_++)->start(work);
+        stop(phase);
+    }
+
+    void stop(Phase phase) {
         if (!times_) return;
         const int64_t time = now();
         times_[phase] += time - last_;

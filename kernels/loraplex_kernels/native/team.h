@@ -25,10 +25,20 @@ class PhaseState {
     // `work(next)` takes tasks until there are none. What all threads wrote is seen by all that return.
     template <typename Work>
     void share(Work&& work) {
+        start(work);
+        wait();
+    }
+
+    // The same without waiting for the others' last tasks: `wait` does, whenever what they wrote is needed.
+    template <typename Work>
+    void start(Work&& work) {
         if (is_over()) return;
         state_.fetch_add(1);
         work(next);
         state_.fetch_add(kLeft - 1);
+    }
+
+    void wait() const {
         for (int spins = 0; !is_over(); ++spins) {
             if (spins >= kSpins) {
                 sched_yield();
