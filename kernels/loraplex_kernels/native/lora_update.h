@@ -20,6 +20,10 @@ constexpr int64_t kMostFew = 64;       // rows, at most
 constexpr int64_t kManyOfOne = 8;      // rows an adapter, on average: then its bytes are few beside the work
 constexpr int64_t kBytesAhead = 8192;  // of what is computed with, weights are asked for
 
+// Floats from row to row of an update. Rows of whole pages would have a panel's share of each in the same few places
+// of a cache.
+inline int64_t update_stride(int64_t outputs) { return round_up(outputs, 1024) + kTile; }
+
 // Only with so many granules do both ways add up in one order: this one adds them up before they meet the base.
 inline bool are_few(const LoraPlan& plan) {
     return plan.num_owned < kManyOfOne * plan.num_slots && plan.step.tables.granules <= kGroup;

@@ -111,7 +111,7 @@ class Stack {
     int64_t widest() const { return std::max({model_.hidden, model_.intermediate, model_.heads * model_.head_dim}); }
     int64_t update_size() const {  // of a row
         const int64_t qkv = (model_.heads + 2 * model_.kv_heads) * model_.head_dim;
-        return std::max({qkv, model_.hidden, 2 * model_.intermediate});
+        return update_stride(std::max({qkv, model_.hidden, 2 * model_.intermediate}));
     }
     void plan_updates(const LoraStep& lora, const Step& step);
     int64_t num_phases() const { return kMaxPhases * model_.num_layers + 5; }
@@ -244,11 +244,11 @@ class Stack::Worker {
         const int64_t count = l.num_projections;
         const LoraPlan &few = stack_.few_, &rest = stack_.rest_;
         float* const update = stack_.update_;
-        const int64_t outputs = l.weight.outputs;
+        const int64_t stride = update_stride(l.weight.outputs);
         PhaseState* const updates = phase_;  // of the few: waited for where they are added
         if (!few.is_empty())
             start(kShrink, [&](Next& next) {
-                lora_update(few, layer, p, count, stack_.natural_, l.weight.k, stack_.v_, update, outputs, next);
+                lora_update(few, layer, p, count, stack_.natural_, l.weight.k, stack_.v_, update, stride, next);
             });
         if (!rest.is_empty())
             share(kShrink, [&](Next& next) {
@@ -259,7 +259,7 @@ class Stack::Worker {
         const bool is_plain = !step_.output_scale && !l.bias;
         const bool by_chunks = is_plain && !rest.is_empty();
         const auto begin = [&](const Panel& panel, int64_t lo, int64_t hi, bool is_first) {
-            if (!few.is_empty()) ask_for_update(few, update, outputs, panel, lo, hi);
+            if (!few.is_empty()) ask_for_update(few, update, stride, panel, lo, hi);
             if (by_chunks) chunks.multiply(panel, lo, hi, is_first);
         };
         const auto update_rows = [&](const Result& result) {
@@ -267,7 +267,7 @@ class Stack::Worker {
                 if (run.lo == run.hi) continue;
                 float* const y = result.y + run.place;
                 if (!few.is_empty())
-                    add_update(few, update, outputs, y, kPanel, result.lo, result.hi, run.lo, run.hi);
+                    add_update(few, update, stride, y, kPanel, result.lo, result.hi, run.lo, run.hi);
                 if (!rest.is_empty())
                     lora_expand<bf16>(rest, layer, p, count, stack_.v_, y, kPanel, result.lo, result.hi, run.lo,
                                       run.hi);
@@ -282,7 +282,7 @@ class Stack::Worker {
             const bool has_few = !few.is_empty() && sums.lo < few.owned.back().hi;
             if (has_few) updates->wait();
             const bool is_updated = is_plain && !(of_rows && has_few) && (!by_chunks || chunks.add(sums));
-            if (is_updated && has_few) add_update(few, update, outputs, sums);
+            if (is_updated && has_few) add_update(few, update, stride, sums);
             if (of_rows || !is_updated) {
                 alignas(64) float y[kChunk * kPanel];
                 to_rows(sums, y);
