@@ -8,8 +8,8 @@ from torch import Tensor, dtype
 GRANULE_RANK = 16
 """Ranks are stored and computed 16 at a time; the last granule of a matrix is padded with zeros."""
 
-_TILE = 32
-"""Inputs of a tile of A, outputs of a tile of B."""
+_BLOCK = 64
+"""Features that operands come in: two tiles of A or of B."""
 
 
 class GranuleForm(Enum):
@@ -17,8 +17,10 @@ class GranuleForm(Enum):
 
     ROWS      row-major
     OPERANDS  as a processor's matrix tiles take them, 1024 bytes of bf16 after 1024, each feature
-              count rounded up to 32 with zeros: A [K / 32, rank, 32]; B [N / 16, rank / 2, 16, 2],
-              the right operand of TDPBF16PS (Intel's instruction set reference)
+              count rounded up to 64 with zeros: A [K / 64, 2, rank, 2, 16], where [b, t, r, h, i]
+              is input 64 b + 4 i + 2 t + h, as 4-bit codes come when they are unpacked in words of
+              four; B [N / 16, rank / 2, 16, 2], the right operand of TDPBF16PS (Intel's
+              instruction set reference)
     """
 
     ROWS = "rows"
@@ -45,23 +47,23 @@ class GranuleForm(Enum):
         return _read(self._b(self._piece(arena, offset, features, weight_dtype)), features)
 
     def _padded(self, features: int) -> int:
-        return features if self is GranuleForm.ROWS else -(-features // _TILE) * _TILE
+        return features if self is GranuleForm.ROWS else -(-features // _BLOCK) * _BLOCK
 
     def _piece(self, arena: Tensor, offset: int, features: int, weight_dtype: dtype) -> Tensor:
         end = offset + self.num_bytes(features, weight_dtype)
         return arena[offset:end].view(weight_dtype)
 
     def _a(self, piece: Tensor) -> Tensor:
-        """A view, ranks first."""
+        """A view [16, ...] whose further dimensions count the inputs."""
         if self is GranuleForm.ROWS:
             return piece.view(GRANULE_RANK, -1)
-        return piece.view(-1, GRANULE_RANK, _TILE).transpose(0, 1)
+        return piece.view(-1, 2, GRANULE_RANK, 2, _BLOCK // 4).permute(2, 0, 4, 1, 3)
 
     def _b(self, piece: Tensor) -> Tensor:
         """A view [16, ...] or, in pairs, [8, 2, ...]."""
         if self is GranuleForm.ROWS:
             return piece.view(GRANULE_RANK, -1)
-        return piece.view(-1, GRANULE_RANK // 2, _TILE // 2, 2).permute(1, 3, 0, 2)
+        return piece.view(-1, GRANULE_RANK // 2, 16, 2).permute(1, 3, 0, 2)
 
 
 def _write(there: Tensor, matrix: Tensor) -> None:

@@ -10,14 +10,12 @@
 #include "amx.h"
 #include "elementwise.h"
 #include "lanes.h"
+#include "packed.h"
 
 namespace {
 
 constexpr int64_t kPanel = 2 * kTile;  // outputs that are computed at a time
 constexpr int64_t kChunk = 2 * kTile;  // rows that are computed at a time
-constexpr int64_t kBlock = 64;         // weights that share an absmax; k of two tiles
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 #if LORAPLEX_AMX
 
@@ -194,25 +192,22 @@ inline __m512 silu(__m512 x) {
     return _mm512_div_ps(x, _mm512_add_ps(e, _mm512_set1_ps(1.f)));
 }
 
-// silu(gate) * up of a panel in pairs, as right operands of [rows, k]: `packed` as `pack_block` (Order::kCodes), where
-// the two k of a pair are 4 apart, and `natural`, if not null, as `pack_rows` leaves it.
-inline void gate_and_pack(const Sums& sums, bf16* packed, bf16* natural, int64_t k) {
+// silu(gate) * up of a panel in pairs, as right operands of [rows, k] in Order::kCodes, where the two k of a pair are 4
+// apart.
+inline void gate_and_pack(const Sums& sums, bf16* packed, int64_t k) {
     const int64_t at = sums.panel.first[0];
     for (int64_t group = 0; group < sums.groups(); ++group) {
         const float* const gate = sums.at + group * 256;
         __m512 gated[kTile];
         for (int64_t i = 0; i < kTile; ++i)
             gated[i] = _mm512_mul_ps(silu(_mm512_load_ps(gate + i * kTile)), _mm512_load_ps(gate + 512 + i * kTile));
-        const auto store_pair = [&](bf16* to, int64_t a, int64_t b) {
-            _mm512_store_si512(to, as_pairs(gated[a], gated[b]));
-        };
         const int64_t rows = (sums.lo + group * kTile) * k;
         bf16* const lines = packed + rows + at / kBlock * kBlock * kTile + at % kBlock / 8 * 32;
         for (int64_t i = 0; i < 8; ++i) {
             const int64_t half = i / 4, first = i % 4;
-            store_pair(lines + (first * 8 + half) * 32, half * 8 + first, half * 8 + first + 4);
+            const __m512* const pair = gated + half * 8 + first;
+            _mm512_store_si512(lines + (first * 8 + half) * 32, as_pairs(pair[0], pair[4]));
         }
-        for (int64_t i = 0; natural && i < 8; ++i) store_pair(natural + rows + at * kTile + i * 32, 2 * i, 2 * i + 1);
     }
 }
 

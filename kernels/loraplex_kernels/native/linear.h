@@ -15,6 +15,7 @@
 #include "amx.h"
 #include "epilogue.h"
 #include "lanes.h"
+#include "packed.h"
 #include "scratch.h"
 #include "team.h"
 
@@ -35,56 +36,10 @@ struct Weight {
 constexpr int64_t kSplitRows = 192;  // from which on a task has half the rows: weights are looked up twice, but
                                      // its rows are in its core's cache
 
-// The k that share a pair lie apart in a block of codes: looked up four at a time, they need no
-// interleaving. Activations are packed in the same order. (`kNatural` for bf16 weights.)
-enum class Order { kCodes, kNatural };
-
-// Elements of packed activations: [ceil(rows / 16)][k / 32][16 pairs of k][16 rows][2].
-inline int64_t packed_size(int64_t rows, int64_t k) { return ceil_div(rows, kTile) * kTile * k; }
-
 // Elements of a thread's own buffer: a panel's weights as bf16.
 inline int64_t panel_size(int64_t k) { return kPanel * std::max(k, kRing * kBlock); }
 
 #if LORAPLEX_AMX
-
-// Element of a block of 64 that lies at place p of its two tiles.
-constexpr int64_t place_in_codes(int64_t p) { return p % 16 * 4 + p / 16; }
-
-struct PlaceTable {
-    alignas(64) uint16_t at[kBlock];
-    PlaceTable() {
-        for (int64_t p = 0; p < kBlock; ++p) at[p] = static_cast<uint16_t>(place_in_codes(p));
-    }
-};
-
-// 64 k of up to 16 rows of x, whose rows lie `stride` apart; rows beyond are zero.
-inline void pack_block(const bf16* x, int64_t stride, int64_t rows, bf16* packed, Order order) {
-    static const PlaceTable places;
-    __m512i first[16], second[16];
-    const __m512i low = _mm512_load_si512(places.at), high = _mm512_load_si512(places.at + 32);
-    for (int64_t r = 0; r < kTile; ++r) {
-        if (r >= rows) {
-            first[r] = second[r] = _mm512_setzero_si512();
-            continue;
-        }
-        const __m512i a = _mm512_loadu_si512(x + r * stride), b = _mm512_loadu_si512(x + r * stride + 32);
-        first[r] = order == Order::kCodes ? _mm512_permutex2var_epi16(a, low, b) : a;
-        second[r] = order == Order::kCodes ? _mm512_permutex2var_epi16(a, high, b) : b;
-    }
-    transpose(first);
-    transpose(second);
-    for (int64_t i = 0; i < kTile; ++i) {
-        _mm512_storeu_si512(packed + i * 32, first[i]);
-        _mm512_storeu_si512(packed + kTileElements + i * 32, second[i]);
-    }
-}
-
-// Rows 16 * group.. of x [rows, k].
-inline void pack_group(const bf16* x, int64_t rows, int64_t k, int64_t group, bf16* packed, Order order) {
-    const int64_t lo = group * kTile;
-    for (int64_t at = 0; at < k; at += kBlock)
-        pack_block(x + lo * k + at, k, std::min(kTile, rows - lo), packed + lo * k + at * kTile, order);
-}
 
 // 64 k of 16 outputs, from the first's codes and absmax on: two left operands. An output's value is
 // bf16(level * absmax): its block's 16 possible ones are a table, twice over so that bit 4 of an index

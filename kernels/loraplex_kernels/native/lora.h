@@ -14,6 +14,7 @@
 
 #include "amx.h"
 #include "lanes.h"
+#include "packed.h"
 #include "scratch.h"
 #include "stream.h"
 
@@ -240,7 +241,7 @@ inline bool in_tiles() {
 inline void shrink_chunk(const Granules& granules, const Segment& chunk, const bf16* packed, int64_t k, char* lines,
                          int64_t stride, Stream& stream) {
     const int64_t first = chunk.lo % kLoraRows;
-    const bf16* const rows = packed + (chunk.lo - first) * round_up(k, 32);
+    const bf16* const rows = packed + (chunk.lo - first) * round_up(k, kBlock);
     for (int64_t g = 0; g < granules.count; ++g)
         shrink_in_tiles(granules.a<bf16>(g), rows, k, granules.scales[g], first, chunk.hi - chunk.lo,
                         lines + g * kLineBytes, stride, stream);
@@ -248,8 +249,7 @@ inline void shrink_chunk(const Granules& granules, const Segment& chunk, const b
 #endif
 
 // The first phase of a linear's updates. Every thread of a team calls it, with a counter that starts at 0
-// and v of `plan.v_bytes(num_p)`, 64 bytes aligned. With tiles, `packed` holds x as `pack_rows` leaves it,
-// group after group.
+// and v of `plan.v_bytes(num_p)`, 64 bytes aligned. With tiles, `packed` holds x in Order::kCodes.
 template <typename T>
 void lora_shrink(const LoraPlan& plan, int64_t layer, const Projection* p, int64_t num_p, const T* x,
                  [[maybe_unused]] const bf16* packed, int64_t k, void* v, std::atomic<int64_t>& next) {
@@ -381,9 +381,8 @@ void lora(T* y, int64_t y_stride, const T* x, int64_t k_size, const LoraStep& st
     }
     memory.resize(std::max<size_t>(memory.size(), plan.v_bytes(num_p) + 64));
     void* const v = aligned(memory.data());
-    const int64_t group_size = kLoraRows * round_up(k_size, 32), num_groups = (num_rows + kLoraRows - 1) / kLoraRows;
     if (in_tiles<T>())
-        rows_memory.resize(std::max<size_t>(rows_memory.size(), num_groups * group_size * sizeof(bf16) + 64));
+        rows_memory.resize(std::max<size_t>(rows_memory.size(), packed_size(num_rows, k_size) * sizeof(bf16) + 64));
     bf16* const packed = aligned(reinterpret_cast<bf16*>(rows_memory.data()));
     const LoraPlan& planned = plan;  // the caller's, for all threads
     const std::vector<Task>& tasks = panels;
@@ -396,9 +395,8 @@ void lora(T* y, int64_t y_stride, const T* x, int64_t k_size, const LoraStep& st
         if constexpr (std::is_same_v<T, bf16>)
             if (in_tiles<T>()) {
 #pragma omp for schedule(static)
-                for (int64_t group = 0; group < num_groups; ++group)
-                    pack_rows(x + group * kLoraRows * k_size, std::min(kLoraRows, num_rows - group * kLoraRows), k_size,
-                              k_size, packed + group * group_size);
+                for (int64_t group = 0; group < ceil_div(num_rows, kLoraRows); ++group)
+                    pack_group(x, num_rows, k_size, group, packed, Order::kCodes);
             }
 #endif
         lora_shrink(planned, layer, p, num_p, x, packed, k_size, v, next);

@@ -15,7 +15,7 @@ namespace {
 constexpr int64_t kPieces = 2 * kTile;  // outputs of a tile of B
 
 // Elements of A of so many inputs, or of B of so many outputs.
-inline int64_t operand_size(int64_t features) { return kRank * round_up(features, 32); }
+inline int64_t operand_size(int64_t features) { return kRank * round_up(features, kBlock); }
 
 // A line of v.
 struct Line {
@@ -37,19 +37,6 @@ inline void store_piece(char* row, __m256i values, int piece) {
     _mm512_store_si512(row, piece ? _mm512_shuffle_i64x2(first, first, 0x4e) : first);
 }
 
-// Up to 16 rows of x, `stride` apart, as right operands: [step of 32 k][pair][row][2]; zeros from k on, and
-// beyond the rows.
-inline void pack_rows(const bf16* x, int64_t rows, int64_t stride, int64_t k, bf16* packed) {
-    for (int64_t at = 0; at < k; at += 32, packed += kTileElements) {
-        const __mmask32 mask = first_of_32(k - at);
-        __m512i pairs[kTile];
-        for (int64_t j = 0; j < kTile; ++j)
-            pairs[j] = j < rows ? _mm512_maskz_loadu_epi16(mask, x + j * stride + at) : _mm512_setzero_si512();
-        transpose(pairs);
-        for (int64_t j = 0; j < kTile; ++j) _mm512_store_si512(packed + 32 * j, pairs[j]);
-    }
-}
-
 // One granule's share of v, of some rows of the packed group `x` from `first` on: a line each. Even and odd
 // steps have sums of their own, as a tile's next product has to wait for its last.
 inline void shrink_in_tiles(const bf16* a, const bf16* x, int64_t k, float scale, int64_t first, int64_t rows,
@@ -58,8 +45,7 @@ inline void shrink_in_tiles(const bf16* a, const bf16* x, int64_t k, float scale
     written();
     _tile_zero(0);
     _tile_zero(1);
-    int64_t at = 0;
-    for (; at + kTileElements < operand_size(k); at += 2 * kTileElements) {
+    for (int64_t at = 0; at < operand_size(k); at += 2 * kTileElements) {
         _tile_loadd(4, x + at, 64);
         _tile_loadd(5, a + at, 64);
         _tile_dpbf16ps(0, 5, 4);
@@ -67,12 +53,6 @@ inline void shrink_in_tiles(const bf16* a, const bf16* x, int64_t k, float scale
         _tile_loadd(7, a + at + kTileElements, 64);
         _tile_dpbf16ps(1, 7, 6);
         stream.share(2);
-    }
-    if (at < operand_size(k)) {
-        _tile_loadd(4, x + at, 64);
-        _tile_loadd(5, a + at, 64);
-        _tile_dpbf16ps(0, 5, 4);
-        stream.share();
     }
     _tile_stored(0, sums[0], 64);
     _tile_stored(1, sums[1], 64);

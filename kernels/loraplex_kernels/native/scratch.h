@@ -9,6 +9,7 @@
 
 namespace {
 
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
 constexpr int64_t kGrowth = 3;  // a std::vector that grows: twice what it holds, and what it held before

@@ -126,11 +126,10 @@ class Stack {
     const ByteHead byte_head_;
     GreedyRows greedy_;
     std::unique_ptr<PhaseState[]> phases_;
-    Buffer<bf16> packed_memory_, natural_memory_, gated_memory_, panel_memory_;
+    Buffer<bf16> packed_memory_, gated_memory_, panel_memory_;
     Buffer<char> scratch_memory_, v_memory_, greedy_memory_;
     Buffer<float> update_memory_;
     bf16* packed_ = nullptr;   // rows that a linear reads
-    bf16* natural_ = nullptr;  // the same as `pack_rows` leaves them, for what shrinks them
     bf16* gated_ = nullptr;    // those of down, packed too
     void* v_ = nullptr;        // what they were shrunk to
     float* update_ = nullptr;  // what that was expanded to, of the few rows an adapter
@@ -174,9 +173,8 @@ class Stack::Worker {
         linear(kO, l.o, index, {hidden}, [&](const Result& result) { add_rows(result, s.residual, hidden); });
 
         norm(l.post_attention_norm, s.residual, nullptr, rows_, s.normed);
-        bf16* const natural = s.num_segments ? stack_.natural_ : nullptr;
         linear(kGateUp, l.gate_up, index, gate_up,
-               [&](const Sums& sums) { gate_and_pack(sums, stack_.gated_, natural, inter); });
+               [&](const Sums& sums) { gate_and_pack(sums, stack_.gated_, inter); });
         right_ = stack_.gated_;
         linear(kDown, l.down, index, {hidden}, [&](const Result& result) { add_rows(result, s.residual, hidden); });
         right_ = stack_.packed_;
@@ -217,10 +215,6 @@ class Stack::Worker {
                 rms_norm(residual + (chosen ? chosen[row] : row) * size, weight, out + row * size, size,
                          static_cast<float>(model_.eps));
             pack_group(out, rows, size, group, stack_.packed_, order);
-            if (step_.num_segments && !chosen) {
-                const int64_t lo = group * kTile;
-                pack_rows(out + lo * size, std::min(kTile, rows - lo), size, size, stack_.natural_ + lo * size);
-            }
         });
     }
 
@@ -231,9 +225,7 @@ class Stack::Worker {
             const int64_t lo = task / shares * kTile, first = task % shares * kShare * kBlock;
             const int64_t count = std::min(kTile, rows - lo), last = std::min(k, first + kShare * kBlock);
             for (int64_t at = first; at < last; at += kBlock)
-                pack_block(x + lo * k + at, k, count, stack_.packed_ + lo * k + at * kTile, Order::kCodes);
-            if (step_.num_segments)
-                pack_rows(x + lo * k + first, count, k, last - first, stack_.natural_ + lo * k + first * kTile);
+                pack_block(x + lo * k + at, k, count, kBlock, stack_.packed_ + lo * k + at * kTile, Order::kCodes);
         });
     }
 
@@ -248,11 +240,11 @@ class Stack::Worker {
         PhaseState* const updates = phase_;  // of the few: waited for where they are added
         if (!few.is_empty())
             start(kShrink, [&](Next& next) {
-                lora_update(few, layer, p, count, stack_.natural_, l.weight.k, stack_.v_, update, stride, next);
+                lora_update(few, layer, p, count, right_, l.weight.k, stack_.v_, update, stride, next);
             });
         if (!rest.is_empty())
             share(kShrink, [&](Next& next) {
-                lora_shrink<bf16>(rest, layer, p, count, nullptr, stack_.natural_, l.weight.k, stack_.v_, next);
+                lora_shrink<bf16>(rest, layer, p, count, nullptr, right_, l.weight.k, stack_.v_, next);
             });
         constexpr bool of_rows = std::is_invocable_v<Finish, const Result&>;
         ChunkUpdate chunks(rest, layer, p, count, stack_.v_);
@@ -352,7 +344,6 @@ inline int64_t Stack::num_bytes(const StepLimits& most) const {
     const int64_t columns = AttentionPlan::columns_of_item(m.heads / m.kv_heads), element = sizeof(bf16);
     const int64_t of_thread = panel_size(widest()) * element + AttentionPlan::scratch_size(m.head_dim, columns);
     const int64_t shared = packed_size(std::max(most.rows, most.logits), widest()) * element +
-                           packed_size(most.rows, widest()) * element +
                            packed_size(most.rows, m.intermediate) * element +
                            std::min(most.rows, kMostFew) * update_size() * static_cast<int64_t>(sizeof(float)) +
                            LoraPlan::v_bytes(most.rows, kMaxProjections, most.granules) +
@@ -393,10 +384,7 @@ inline void Stack::run(const Step& step) {
                   step.segments, step.num_segments},
                  step);
     update_ = few_.is_empty() ? nullptr : update_memory_.at_least(few_.owned.back().hi * update_size());
-    if (step.num_segments) {
-        natural_ = natural_memory_.at_least(packed_size(step.rows, widest));
-        v_ = v_memory_.at_least(rest_.v_bytes(kMaxProjections));
-    }
+    if (step.num_segments) v_ = v_memory_.at_least(rest_.v_bytes(kMaxProjections));
     if (step.tokens && byte_head_.is_usable())
         greedy_.build(byte_head_, step.num_logits, threads,
                       greedy_memory_.at_least(GreedyRows::num_bytes(step.num_logits, m.hidden, threads)));

@@ -28,7 +28,7 @@ from loraplex.adapters.safetensors_header import shown
 from loraplex.errors import AdapterInvalidError
 from loraplex.model.config import EMBEDDING, MODULES
 
-FORMAT = 2
+FORMAT = 3
 ALIGNMENT = 64  # bytes; a cache line, and what 128-bit loads need
 COMPARED_ROWS = 4096  # of a base tensor that came along, at a time
 
