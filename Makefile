@@ -56,7 +56,11 @@ bench: setup ## a load of 8 clients for 8 adapters on a server of its own (two m
 	$(BIN)/python benchmarks/serving.py --concurrency 8 --num-adapters 8 --warmup 8 --repeats 3
 
 bench-peers: setup ## tokens a second beside vLLM, llama.cpp, PEFT and polylora (half an hour; installs them first)
-	$(if $(TORCH_INDEX),PIP_EXTRA_INDEX_URL=$(TORCH_INDEX)) $(BIN)/python benchmarks/side_by_side.py --save side_by_side
+	missed=; export $(if $(TORCH_INDEX),PIP_EXTRA_INDEX_URL=$(TORCH_INDEX),PIP_EXTRA_INDEX_URL); \
+	$(BIN)/python benchmarks/side_by_side.py --save side_by_side || missed=side_by_side; \
+	$(BIN)/python benchmarks/side_by_side.py --batches 1 --adapters 0,1 --repeats 5 --peer-repeats 5 \
+	    --save side_by_side_one || missed="$$missed side_by_side_one"; \
+	test -z "$$missed" || { echo "limits missed: $$missed"; exit 1; }
 
 bench-load: setup ## long prompts, floods, prefixes, drafts, memory, cost as work grows (half an hour)
 	missed=; for name in step_profile long_prompt fairness prefix_cache speculative scaling memory; do \
