@@ -13,7 +13,8 @@ namespace {
 constexpr int64_t kBlock = 64;  // weights that share an absmax; k of two tiles
 
 // The k that share a pair lie apart in a block of codes: looked up four at a time, they need no
-// interleaving. Activations are packed in the same order. (`kNatural` for bf16 weights.)
+// interleaving. Activations are packed in the same order, and so is an adapter's A (granules.py).
+// (`kNatural` for bf16 weights.)
 enum class Order { kCodes, kNatural };
 
 // Elements of packed activations: [ceil(rows / 16)][ceil(k / 64)][2][16 pairs of k][16 rows][2].

@@ -237,9 +237,9 @@ class Stack::Worker {
         const LoraPlan &few = stack_.few_, &rest = stack_.rest_;
         float* const update = stack_.update_;
         const int64_t stride = update_stride(l.weight.outputs);
-        PhaseState* const updates = phase_;  // of the few: waited for where they are added
+        const PhaseState* updates = nullptr;  // of the few: waited for where they are added
         if (!few.is_empty())
-            start(kShrink, [&](Next& next) {
+            updates = start(kShrink, [&](Next& next) {
                 lora_update(few, layer, p, count, right_, l.weight.k, stack_.v_, update, stride, next);
             });
         if (!rest.is_empty())
@@ -302,19 +302,19 @@ class Stack::Worker {
 
     template <typename Work>
     void share(Phase phase, Work&& work) {
-        PhaseState* const state = phase_;
-        start(phase, work);
-        state->wait();
-        stop(phase);
+        (phase_++)->share(work);
+        count_time(phase);
     }
 
+    // Returns what to wait on.
     template <typename Work>
-    void start(Phase phase, Work&& work) {
-        (phase_++)->start(work);
-        stop(phase);
+    const PhaseState* start(Phase phase, Work&& work) {
+        phase_->start(work);
+        count_time(phase);
+        return phase_++;
     }
 
-    void stop(Phase phase) {
+    void count_time(Phase phase) {
         if (!times_) return;
         const int64_t time = now();
         times_[phase] += time - last_;
